@@ -1,0 +1,35 @@
+#pragma once
+
+#include "lithe/core/executor.hpp"
+#include "lithe/core/random.hpp"
+#include "lithe/core/segments.hpp"
+#include "lithe/core/workspace.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// What a call needs beside its data. A small value, passed by const reference; a default one works: it runs on the calling thread
+/// and takes scratch memory from the heap.
+struct context {
+  const executor* exec = &serial_executor;     ///< runs the loops
+  workspace* work = nullptr;                   ///< scratch memory; none: the heap
+  rng_key key{};                               ///< of this use of this layer
+  segments rows{};                             ///< where sequences begin
+  std::span<const std::uint8_t> mask{};        ///< one byte a row, 0 = padding; imported models only
+  std::span<const index_t> slots{};            ///< decoding: the cache slot of each sequence; none: 0, 1, 2, ...
+  bool train = false;                          ///< dropout draws, batch norm uses batch statistics
+  bool replay = false;                         ///< forward keeps the choices in its record instead of choosing again
+
+  /// The context of the i-th child: the same but for the key.
+  [[nodiscard]] context child(std::uint64_t i) const {
+    context c = *this;
+    c.key = key.child(i);
+    return c;
+  }
+  [[nodiscard]] index_t slot(index_t sequence) const {
+    return slots.empty() ? sequence : slots[static_cast<std::size_t>(sequence)];
+  }
+  /// Whether row i is no padding.
+  [[nodiscard]] bool valid(index_t row) const { return mask.empty() || mask[static_cast<std::size_t>(row)] != 0; }
+};
+
+}  // namespace lithe::inline LITHE_ABI

@@ -1,0 +1,130 @@
+#pragma once
+
+#include <atomic>
+#include <exception>
+#include <thread>
+
+#if __has_include(<Eigen/ThreadPool>)
+#include <Eigen/ThreadPool>
+#else
+#include <unsupported/Eigen/CXX11/ThreadPool>
+#endif
+
+#include "lithe/core/error.hpp"
+#include "lithe/core/executor.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// Runs loops on the calling thread and `workers - 1` threads of Eigen's own pool. Threads are never pinned.
+///
+/// A loop is published in the executor; whoever is awake takes pieces of it. The caller never waits for a helper that has not
+/// woken up yet, only for helpers that hold a piece: a loop shorter than a wake-up costs next to nothing. A helper that runs out
+/// of pieces lingers for some microseconds before it sleeps, because a layer's loops follow one another closely.
+class parallel_executor final : public executor {
+ public:
+  /// Throws config_error unless workers >= 1.
+  explicit parallel_executor(index_t workers = static_cast<index_t>(std::max(1U, std::thread::hardware_concurrency())))
+      : workers_(checked(workers)), linger_(workers <= static_cast<index_t>(std::thread::hardware_concurrency()) ? linger_spins : 0),
+        pool_(static_cast<int>(std::max<index_t>(1, workers - 1)), /*allow_spinning=*/false) {}
+
+  ~parallel_executor() override { closing_.store(true, std::memory_order_relaxed); }
+
+  [[nodiscard]] index_t workers() const override { return workers_; }
+  [[nodiscard]] index_t worker() const override { return pool_.CurrentThreadId() + 1; }
+
+  void run(index_t n, index_t grain, body f) const override {
+    if (n <= 0) return;
+    // Nested loops, loops of one piece and loops of a second caller run where they are.
+    if (n <= grain || workers_ == 1 || worker() != 0 || busy_.test_and_set(std::memory_order_acquire))
+      return executor::run(n, grain, f);
+    loop now{&f, n, grain};
+    open(now);
+    now.work();
+    close();
+    busy_.clear(std::memory_order_release);
+    if (now.error) std::rethrow_exception(now.error);
+  }
+
+ private:
+  static constexpr int linger_spins = 4000;  // about 20 to 50 microseconds of pause instructions
+
+  struct loop {
+    const body* f;
+    index_t n, grain;
+    std::atomic<index_t> next{0};
+    std::atomic_flag failed{};
+    std::exception_ptr error{};
+
+    loop(const body* f_, index_t n_, index_t grain_) : f(f_), n(n_), grain(grain_) {}
+    void work() {
+      for (;;) {
+        const index_t first = next.fetch_add(grain, std::memory_order_relaxed);
+        if (first >= n) return;
+        try {
+          (*f)(first, std::min(n, first + grain));
+        } catch (...) {
+          if (!failed.test_and_set()) error = std::current_exception();
+          next.store(n, std::memory_order_relaxed);  // nobody starts another piece
+        }
+      }
+    }
+  };
+
+  static index_t checked(index_t workers) {
+    require<config_error>(workers >= 1, "parallel_executor: expected at least 1 worker, got ", workers);
+    return workers;
+  }
+  static void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  // state_ = 2 * (helpers inside the loop) + (a loop is open). A helper enters only while the bit is set, so after close() has
+  // cleared it and seen zero helpers the loop on the caller's stack may go.
+  void open(loop& l) const {
+    loop_.store(&l, std::memory_order_relaxed);
+    state_.fetch_add(1, std::memory_order_release);
+    for (index_t wanted = workers_ - 1 - awake_.load(std::memory_order_relaxed); wanted > 0; --wanted) {
+      awake_.fetch_add(1, std::memory_order_relaxed);
+      pool_.Schedule([this] { help(); });
+    }
+  }
+  void close() const {
+    state_.fetch_sub(1, std::memory_order_acq_rel);
+    for (int spins = 0; state_.load(std::memory_order_acquire) != 0; ++spins)
+      spins < linger_spins ? pause() : std::this_thread::yield();
+  }
+  bool enter() const {
+    for (auto s = state_.load(std::memory_order_relaxed); (s & 1) != 0;)
+      if (state_.compare_exchange_weak(s, s + 2, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+    return false;
+  }
+  void help() const {
+    // Eigen runs a task on the scheduling thread when its queue is full; the caller must not help itself.
+    for (int idle = 0; worker() != 0 && idle <= linger_ && !closing_.load(std::memory_order_relaxed);) {
+      if (enter()) {
+        loop_.load(std::memory_order_relaxed)->work();
+        state_.fetch_sub(2, std::memory_order_release);
+        idle = 0;
+        if (linger_ == 0) break;
+      }
+      ++idle;
+      pause();
+    }
+    awake_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  index_t workers_;
+  int linger_;
+  mutable std::atomic_flag busy_{};  // one loop at a time is shared out; not a mutex, because the owner may ask again
+  mutable std::atomic<loop*> loop_{nullptr};
+  mutable std::atomic<index_t> state_{0};
+  mutable std::atomic<index_t> awake_{0};  // helpers scheduled or running
+  std::atomic<bool> closing_{false};
+  mutable Eigen::ThreadPool pool_;  // last: its destructor waits for the helpers, which use the members above
+};
+
+}  // namespace lithe::inline LITHE_ABI
