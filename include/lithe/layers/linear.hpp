@@ -1,5 +1,6 @@
 #pragma once
 
+#include "lithe/kernels/elementwise.hpp"
 #include "lithe/kernels/gemm.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
@@ -45,15 +46,24 @@ struct linear {
       gemm_nt<S>(x, weight, y, ctx);
     else
       gemm_packed<S>(x, packed, y, ctx);
-    if (bias.size() != 0) y.map().rowwise() += bias.row(0);
+    if (bias.size() != 0) add_to_rows<S>(bias, y, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record&, const context& ctx) const { forward(x, y, ctx); }
 
   /// dx = dy W, dW += dyᵀ x, db += Σ dy.
   void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     gemm_nn<S>(dy, weight, dx, ctx);
+    add_gradient(x, dy, g, ctx);
+  }
+  /// The same, but dx += dy W: for inputs that several products read.
+  void add_backward(matrix_view<const S> x, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    gemm_nn<S>(dy, weight, dx, ctx, update::add);
+    add_gradient(x, dy, g, ctx);
+  }
+  /// The parameters' part alone, for inputs that need no gradient.
+  void add_gradient(matrix_view<const S> x, matrix_view<const S> dy, gradient& g, const context& ctx) const {
     gemm_tn<S>(dy, x, g.weight, ctx, update::add);
-    if (bias.size() != 0) g.bias += dy.map().colwise().sum();
+    if (bias.size() != 0) add_row_sums<S>(dy, g.bias, ctx);
   }
 
   void prepack() { packed.assign(weight); }

@@ -1,0 +1,89 @@
+#pragma once
+
+#include "lithe/layers/cache.hpp"
+#include "lithe/layers/cost.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// A block that is one of several kinds, chosen when the model is made: a std::variant of layers with the layer concept of its own. A
+/// stack<one_of<...>> mixes kinds of blocks.
+template <class... B>
+struct one_of {
+  static_assert((explain_layer<B>() && ...));
+  using scalar = typename std::tuple_element_t<0, std::tuple<B...>>::scalar;
+  using S = scalar;
+  struct record {
+    std::variant<record_of<B>...> value;
+  };
+  struct gradient {
+    std::variant<gradient_of<B>...> value;
+  };
+  using cache = std::variant<cache_of<B>...>;
+  static constexpr bool looks_across = (looks_across_tokens<B> || ...);
+
+  std::variant<B...> value;
+
+  one_of() = default;
+  template <class T>
+    requires(std::same_as<T, B> || ...)
+  one_of(T kind) : value(std::move(kind)) {}  // implicit: a block stands where any of the kinds may
+
+  void prepare(gradient& g) const {
+    active([&]<std::size_t I>(const auto&) { g.value.template emplace<I>(); });
+  }
+  shape output_shape(matrix_view<const S> x) const {
+    return std::visit([&](const auto& b) { return b.output_shape(x); }, value);
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    std::visit([&](const auto& b) { b.forward(x, y, ctx); }, value);
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
+    active([&]<std::size_t I>(const auto& b) {
+      if (r.value.index() != I) r.value.template emplace<I>();
+      b.forward(x, y, std::get<I>(r.value), ctx);
+    });
+  }
+  void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    active([&]<std::size_t I>(const auto& b) { b.backward(x, std::get<I>(r.value), dy, dx, std::get<I>(g.value), ctx); });
+  }
+
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
+    cache c;
+    active([&]<std::size_t I>(const auto& b) { c.template emplace<I>(lithe::make_cache(b, slots, capacity)); });
+    return c;
+  }
+  void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    active([&]<std::size_t I>(const auto& b) { lithe::decode(b, x, y, std::get<I>(c), ctx); });
+  }
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    active([&]<std::size_t I>(const auto& b) { lithe::fill(b, x, std::get<I>(c), ctx); });
+  }
+  void truncate(cache& c, index_t slot, index_t length) const {
+    active([&]<std::size_t I>(const auto& b) { lithe::truncate(b, std::get<I>(c), slot, length); });
+  }
+  void permute(cache& c, std::span<const index_t> order) const {
+    active([&]<std::size_t I>(const auto& b) { lithe::permute(b, std::get<I>(c), order); });
+  }
+
+  [[nodiscard]] cost forward_cost(index_t length) const {
+    return std::visit([&](const auto& b) { return cost_of(b, length); }, value);
+  }
+  template <class V, class First, class... T>
+  static void visit(V&& f, First& s, T&... rest) {
+    at(s.value.index(), [&]<std::size_t I>() { f("", std::get<I>(s.value), std::get<I>(rest.value)...); });
+  }
+
+ private:
+  template <class F>
+  static void at(std::size_t index, F&& f) {
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      ((I == index ? f.template operator()<I>() : void()), ...);
+    }(std::index_sequence_for<B...>{});
+  }
+  template <class F>
+  void active(F&& f) const {
+    at(value.index(), [&]<std::size_t I>() { f.template operator()<I>(std::get<I>(value)); });
+  }
+};
+
+}  // namespace lithe::inline LITHE_ABI

@@ -1,0 +1,41 @@
+#pragma once
+
+#include "lithe/kernels/activation.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// y = x.
+template <class S>
+void copy(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
+  ctx.exec->run(x.rows(), detail::grain_rows(x.cols()),
+                [&](index_t first, index_t last) { y.slice_rows(first, last - first).map() = x.slice_rows(first, last - first).map(); });
+}
+
+/// y += x.
+template <class S>
+void add(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
+  ctx.exec->run(x.rows(), detail::grain_rows(x.cols()),
+                [&](index_t first, index_t last) { y.slice_rows(first, last - first).map() += x.slice_rows(first, last - first).map(); });
+}
+
+/// Every row of y += b, b [1 x cols].
+template <class S>
+void add_to_rows(matrix_view<const S> b, matrix_view<S> y, const context& ctx) {
+  ctx.exec->run(y.rows(), detail::grain_rows(y.cols()), [&](index_t first, index_t last) {
+    for (index_t t = first; t < last; ++t) y.slice_rows(t, 1).map() += b.map();
+  });
+}
+
+/// sums += the sum of the rows of x, sums [1 x cols]. Rows are added in blocks, so that a float sum over 64K rows stays close to the
+/// double one; columns are shared out, so the order never depends on the workers.
+template <class S>
+void add_row_sums(matrix_view<const S> x, matrix_view<S> sums, const context& ctx) {
+  constexpr index_t columns = 64, block = 128;
+  ctx.exec->run(x.cols(), columns, [&](index_t first, index_t last) {
+    for (index_t t = 0; t < x.rows(); t += block)
+      sums.slice_cols(first, last - first).map() +=
+          x.slice_rows(t, std::min(block, x.rows() - t)).slice_cols(first, last - first).map().colwise().sum();
+  });
+}
+
+}  // namespace lithe::inline LITHE_ABI

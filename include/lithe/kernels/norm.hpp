@@ -1,0 +1,60 @@
+#pragma once
+
+#include "lithe/kernels/elementwise.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+namespace detail {
+inline constexpr index_t norm_rows = 32;  // rows in one piece; also the block of the parameter gradients' sums
+}
+
+/// Each row of y = (x - mean) ρ ⊙ weight + bias with ρ = 1/√(variance + epsilon) (biased variance), or, not centred, y = x ρ ⊙ weight with
+/// ρ = 1/√(mean square + epsilon). weight and bias are [1 x cols], bias may be empty; statistics [rows x 2] receives (mean, ρ).
+template <class S>
+void normalise_rows(matrix_view<const S> x, matrix_view<const S> weight, matrix_view<const S> bias, S epsilon, bool centred, matrix_view<S> y,
+                    matrix_view<S> statistics, const context& ctx) {
+  ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
+    for (index_t t = first; t < last; ++t) {
+      const auto row = x.slice_rows(t, 1).map().array();
+      const S mean = centred ? row.mean() : S(0);
+      const S inverse = S(1) / std::sqrt((row - mean).square().mean() + epsilon);
+      auto out = y.slice_rows(t, 1).map().array();
+      out = (row - mean) * inverse * weight.map().array();
+      if (bias.rows() != 0) out += bias.map().array();
+      statistics(t, 0) = mean;
+      statistics(t, 1) = inverse;
+    }
+  });
+}
+
+/// Backward of `normalise_rows`: with ẑ = (x - mean) ρ and e = dy ⊙ weight, dx = ρ (e - mean(e) - ẑ mean(e ⊙ ẑ)) (without mean(e) if not
+/// centred); dweight += Σ dy ⊙ ẑ, dbias += Σ dy (if there is one).
+template <class S>
+void normalise_rows_backward(matrix_view<const S> x, matrix_view<const S> weight, bool centred, matrix_view<const S> statistics,
+                             matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dweight, matrix_view<S> dbias, const context& ctx) {
+  const index_t pieces = (x.rows() + detail::norm_rows - 1) / detail::norm_rows, cols = x.cols();
+  const scratch<S> sums(ctx, 2 * pieces, cols);  // of each piece: dweight, dbias
+  ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
+    const index_t piece = first / detail::norm_rows;
+    auto sum_weight = sums.view().slice_rows(2 * piece, 1).map().array(), sum_bias = sums.view().slice_rows(2 * piece + 1, 1).map().array();
+    sum_weight.setZero();
+    sum_bias.setZero();
+    const scratch<S> unit(ctx, 1, cols), scaled(ctx, 1, cols);
+    auto z = unit.map().array(), e = scaled.map().array();
+    for (index_t t = first; t < last; ++t) {
+      const auto d = dy.slice_rows(t, 1).map().array();
+      z = (x.slice_rows(t, 1).map().array() - statistics(t, 0)) * statistics(t, 1);
+      e = d * weight.map().array();
+      sum_weight += d * z;
+      sum_bias += d;
+      const S mean = centred ? e.mean() : S(0), along = (e * z).mean();
+      dx.slice_rows(t, 1).map().array() = statistics(t, 1) * (e - mean - z * along);
+    }
+  });
+  for (index_t piece = 0; piece < pieces; ++piece) {
+    dweight.map() += sums.view().slice_rows(2 * piece, 1).map();
+    if (dbias.rows() != 0) dbias.map() += sums.view().slice_rows(2 * piece + 1, 1).map();
+  }
+}
+
+}  // namespace lithe::inline LITHE_ABI

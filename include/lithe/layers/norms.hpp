@@ -1,0 +1,204 @@
+#pragma once
+
+#include "lithe/kernels/norm.hpp"
+#include "lithe/layers/cost.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+namespace detail {
+
+/// What layer_norm and rms_norm share: a norm of each row with a learned scale, and a shift if it is centred.
+template <std::floating_point S, bool Centred>
+struct row_norm {
+  using scalar = S;
+  struct record {
+    matrix<S> statistics;  // [T x 2]: mean, inverse deviation
+  };
+  struct gradient {
+    matrix<S> weight, bias;
+  };
+  static constexpr const char* name = Centred ? "layer_norm" : "rms_norm";
+
+  matrix<S> weight, bias;
+  S epsilon = S(1e-5);
+
+  row_norm() = default;
+  explicit row_norm(index_t features, S epsilon_ = S(1e-5))
+      : weight(matrix<S>::Ones(1, features)), bias(matrix<S>::Zero(Centred ? 1 : 0, features)), epsilon(epsilon_) {
+    require<config_error>(features >= 1, name, ": expected at least 1 feature, got ", features);
+  }
+
+  shape output_shape(matrix_view<const S> x) const {
+    require_features(name, weight.cols(), x);
+    return {x.rows(), x.cols()};
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    const scratch<S> statistics(ctx, x.rows(), 2);
+    run(x, y, statistics, ctx);
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
+    r.statistics.resize(x.rows(), 2);
+    run(x, y, r.statistics, ctx);
+  }
+  void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    normalise_rows_backward<S>(x, weight, Centred, r.statistics, dy, dx, g.weight, g.bias, ctx);
+  }
+  [[nodiscard]] cost forward_cost(index_t) const {
+    const double n = static_cast<double>(weight.size() + bias.size());
+    return {n, 8.0 * static_cast<double>(weight.size()), n * sizeof(S)};
+  }
+  template <class F, class... T>
+  static void visit(F&& f, T&... s) {
+    f("weight", s.weight...);
+    f("bias", s.bias...);
+  }
+
+ private:
+  void run(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> statistics, const context& ctx) const {
+    const shape out = output_shape(x);
+    require_shape(name, "y", y, out.rows, out.cols);
+    normalise_rows<S>(x, weight, bias, epsilon, Centred, y, statistics, ctx);
+  }
+};
+
+}  // namespace detail
+
+/// Layer norm over the features of each token: y = (x - mean) / √(variance + ε) ⊙ weight + bias, biased variance, x and y [T x D]
+/// (arXiv 1607.06450). ε is 1e-5 unless given. Throws shape_error for x of another width.
+template <std::floating_point S>
+struct layer_norm : detail::row_norm<S, true> {
+  using detail::row_norm<S, true>::row_norm;
+};
+
+/// Root-mean-square norm of each token: y = x / √(mean square + ε) ⊙ weight, x and y [T x D] (arXiv 1910.07467).
+template <std::floating_point S>
+struct rms_norm : detail::row_norm<S, false> {
+  using detail::row_norm<S, false>::row_norm;
+};
+
+/// Batch norm over tokens, per feature (arXiv 1502.03167): y = (x - mean) / √(variance + ε) ⊙ weight + bias, x and y [T x D].
+///
+/// Under ctx.train mean and biased variance are those of the rows that ctx.mask leaves, and at least 2 of them are needed; else they are
+/// the running ones. Running statistics are state: backward gathers each batch's mean and unbiased variance in the gradient and
+/// `after_step` moves them by `momentum` towards the average over the gathered batches. Throws shape_error.
+template <std::floating_point S>
+struct batch_norm {
+  using scalar = S;
+  struct record {
+    matrix<S> statistics;  // [2 x D]: mean, inverse deviation
+    index_t counted = 0;   // rows in them; 0 = running statistics
+  };
+  struct gradient {
+    matrix<S> weight, bias, running_mean, running_var;
+    index_t batches = 0;
+    void reset() { batches = 0; }
+  };
+
+  matrix<S> weight, bias, running_mean, running_var;
+  S epsilon = S(1e-5), momentum = S(0.1);
+
+  batch_norm() = default;
+  explicit batch_norm(index_t features)
+      : weight(matrix<S>::Ones(1, features)), bias(matrix<S>::Zero(1, features)), running_mean(matrix<S>::Zero(1, features)),
+        running_var(matrix<S>::Ones(1, features)) {
+    require<config_error>(features >= 1, "batch_norm: expected at least 1 feature, got ", features);
+  }
+
+  shape output_shape(matrix_view<const S> x) const {
+    require_features("batch_norm", weight.cols(), x);
+    return {x.rows(), x.cols()};
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    const scratch<S> statistics(ctx, 2, weight.cols());
+    run(x, y, statistics, ctx);
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
+    r.statistics.resize(2, weight.cols());
+    r.counted = run(x, y, r.statistics, ctx);
+  }
+  /// Training: dx = weight ρ (dy - mean(dy) - ẑ mean(dy ⊙ ẑ)) over the counted rows; evaluation: dx = weight ρ dy. Masked rows get 0.
+  void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    each_block(ctx, [&](index_t first, index_t n) {
+      const auto at = [&](const matrix<S>& m, index_t row) { return m.row(row).segment(first, n).array(); };
+      const Eigen::Array<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, block> mean = at(r.statistics, 0), inverse = at(r.statistics, 1);
+      Eigen::Array<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, block> sum = mean * 0, along = sum;
+      const auto row = [&](matrix_view<const S> m, index_t t) { return m.slice_rows(t, 1).slice_cols(first, n).map().array(); };
+      for (index_t t = 0; t < x.rows(); ++t)
+        if (ctx.valid(t)) {
+          sum += row(dy, t);
+          along += row(dy, t) * (row(x, t) - mean) * inverse;
+        }
+      g.weight.row(0).segment(first, n).array() += along;
+      g.bias.row(0).segment(first, n).array() += sum;
+      const S share = r.counted == 0 ? S(0) : S(1) / static_cast<S>(r.counted);
+      for (index_t t = 0; t < x.rows(); ++t) {
+        auto out = dx.slice_rows(t, 1).slice_cols(first, n).map().array();
+        if (ctx.valid(t))
+          out = at(weight, 0) * inverse * (row(dy, t) - share * (sum + (row(x, t) - mean) * inverse * along));
+        else
+          out.setZero();
+      }
+      if (r.counted == 0) return;
+      g.running_mean.row(0).segment(first, n).array() += mean;
+      g.running_var.row(0).segment(first, n).array() +=
+          (inverse.square().inverse() - epsilon) * (static_cast<S>(r.counted) / static_cast<S>(r.counted - 1));
+    });
+    g.batches += r.counted == 0 ? 0 : 1;
+  }
+  void after_step(const gradient& g) {
+    if (g.batches == 0) return;
+    running_mean += momentum * (g.running_mean / static_cast<S>(g.batches) - running_mean);
+    running_var += momentum * (g.running_var / static_cast<S>(g.batches) - running_var);
+  }
+  [[nodiscard]] cost forward_cost(index_t) const {
+    const double n = static_cast<double>(weight.size());
+    return {2 * n, 2 * n, 4 * n * sizeof(S)};
+  }
+  template <class F, class... T>
+  static void visit(F&& f, T&... s) {
+    f("weight", s.weight...);
+    f("bias", s.bias...);
+    f(field("running_mean", role::state), s.running_mean...);
+    f(field("running_var", role::state), s.running_var...);
+  }
+
+ private:
+  static constexpr int block = 64;  // features in one piece of work: every sum runs over all rows in order
+
+  template <class F>
+  void each_block(const context& ctx, F&& f) const {
+    ctx.exec->run(weight.cols(), block, [&](index_t first, index_t last) { f(first, last - first); });
+  }
+  index_t run(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> statistics, const context& ctx) const {
+    const shape out = output_shape(x);
+    require_shape("batch_norm", "y", y, out.rows, out.cols);
+    index_t counted = 0;
+    for (index_t t = 0; ctx.train && t < x.rows(); ++t) counted += ctx.valid(t);
+    if (x.rows() == 0) return 0;
+    require<shape_error>(!ctx.train || counted >= 2, "batch_norm: expected at least 2 rows that are no padding in training, got ", counted);
+    each_block(ctx, [&](index_t first, index_t n) {
+      auto mean = statistics.slice_rows(0, 1).slice_cols(first, n).map().array();
+      auto inverse = statistics.slice_rows(1, 1).slice_cols(first, n).map().array();
+      const auto row = [&](index_t t) { return x.slice_rows(t, 1).slice_cols(first, n).map().array(); };
+      if (ctx.train) {
+        mean.setZero();
+        inverse.setZero();
+        for (index_t t = 0; t < x.rows(); ++t)
+          if (ctx.valid(t)) mean += row(t);
+        mean /= static_cast<S>(counted);
+        for (index_t t = 0; t < x.rows(); ++t)
+          if (ctx.valid(t)) inverse += (row(t) - mean).square();
+        inverse = (inverse / static_cast<S>(counted) + epsilon).rsqrt();
+      } else {
+        mean = running_mean.row(0).segment(first, n).array();
+        inverse = (running_var.row(0).segment(first, n).array() + epsilon).rsqrt();
+      }
+      for (index_t t = 0; t < x.rows(); ++t)
+        y.slice_rows(t, 1).slice_cols(first, n).map().array() =
+            (row(t) - mean) * inverse * weight.row(0).segment(first, n).array() + bias.row(0).segment(first, n).array();
+    });
+    return counted;
+  }
+};
+
+}  // namespace lithe::inline LITHE_ABI
