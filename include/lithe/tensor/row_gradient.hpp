@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "lithe/tensor/matrix_view.hpp"
@@ -14,9 +15,12 @@ using slot_t = std::int32_t;
 /// of `values`. Empty means zero. The buffers keep their size from step to step, so `count()` rows of `storage` are in use.
 template <class S>
 struct row_gradient {
+  using buffer = std::vector<S, Eigen::aligned_allocator<S>>;
   index_t total_rows = 0, cols = 0;  ///< of the table
   std::vector<slot_t> rows;          ///< touched rows, ascending
-  std::vector<S, Eigen::aligned_allocator<S>> storage;  ///< at least rows.size() * cols numbers
+  buffer storage;                    ///< at least rows.size() * cols numbers
+  std::vector<slot_t> spare_rows;    ///< what an accumulating `scatter_add` merges into, and then swaps with the two above
+  buffer spare_storage;
 
   [[nodiscard]] index_t count() const { return static_cast<index_t>(rows.size()); }
   [[nodiscard]] matrix_view<S> values() { return {storage.data(), count(), cols}; }
@@ -28,11 +32,14 @@ struct row_gradient {
     reserve();
   }
   /// `storage` large enough for `rows`.
-  void reserve() {
-    const auto need = rows.size() * static_cast<std::size_t>(cols);
-    if (storage.size() < need) {
-      storage.clear();  // the old contents are not copied
-      storage.resize(need);
+  void reserve() { reserve(storage, rows.size()); }
+  /// `values` large enough for n rows, contents unspecified. An eighth more than asked, because the number of touched rows differs
+  /// a little from step to step.
+  void reserve(buffer& values, std::size_t n) const {
+    const auto need = n * static_cast<std::size_t>(cols);
+    if (values.size() < need) {
+      values.clear();  // the old contents are not copied
+      values.resize(need + need / 8);
     }
   }
   void set_zero() { rows.clear(); }
@@ -48,5 +55,37 @@ struct row_gradient {
     return at < 0 ? S(0) : values()(at, col);
   }
 };
+
+/// The gradient of a table that several layers share: each layer's gradient holds this handle, all of them add to one
+/// `row_gradient`. Made by `make_gradient`; a copy is another handle on the same rows.
+template <class S>
+struct shared_gradient {
+  std::shared_ptr<row_gradient<S>> target;
+
+  void set_zero() {
+    if (target) target->set_zero();
+  }
+  [[nodiscard]] S operator()(index_t row, index_t col) const { return target ? (*target)(row, col) : S(0); }
+};
+
+/// The touched rows behind a gradient field that is sparse: its own, or those it shares. Throws state_error for a handle that
+/// `make_gradient` did not make.
+template <class S>
+[[nodiscard]] row_gradient<S>& rows_of(row_gradient<S>& g) {
+  return g;
+}
+template <class S>
+[[nodiscard]] const row_gradient<S>& rows_of(const row_gradient<S>& g) {
+  return g;
+}
+template <class S>
+[[nodiscard]] row_gradient<S>& rows_of(const shared_gradient<S>& g) {
+  require<state_error>(g.target != nullptr, "shared_gradient: expected a gradient from make_gradient, got an empty handle");
+  return *g.target;
+}
+
+/// A gradient field of touched rows only, as against a matrix: what optimisers, savers and checkers ask before `rows_of`.
+template <class G>
+concept sparse_gradient = requires(G& g) { rows_of(g); };
 
 }  // namespace lithe::inline LITHE_ABI
