@@ -1,0 +1,167 @@
+// What the machine can do at most: multiply-adds out of registers, streaming reads, weighted sums of random rows. No code of Lithe,
+// so that "percent of limit" compares with something that does not move when Lithe does.
+
+#include <benchmark/benchmark.h>
+
+#include <array>
+#include <cstdio>
+#include <vector>
+
+#include "machine.hpp"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64, registers = 32;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32, registers = 16;
+#else
+constexpr int vector_bytes = 16, registers = 16;
+#endif
+constexpr int lanes = vector_bytes / 4;
+using vec [[gnu::vector_size(vector_bytes)]] = float;
+
+/// The best of a run against the figure once measured on the reference machine; the label tells whether this run's limits can be used.
+void judge(benchmark::State& state, double attained, double reference, const char* unit) {
+  char text[160];
+  if (machine::has_reference_figures())
+    std::snprintf(text, sizeof text, "%s: %.0f of %.0f %s", attained >= 0.8 * reference ? "limit valid" : "LIMIT NOT VALID", attained, reference, unit);
+  else
+    std::snprintf(text, sizeof text, "%.1f %s; no reference figures for this machine", attained, unit);
+  state.SetLabel(text);
+}
+
+/// Repeats `work` and returns the seconds of the fastest repeat: the limit is what the machine does when nothing disturbs it.
+template <class Work>
+double fastest(benchmark::State& state, Work&& work) {
+  double best = 1e30;
+  for (auto _ : state) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+/// Independent multiply-adds that stay in registers: latency 4 on 2 ports needs 8 chains at least.
+float multiply_adds(std::int64_t steps) {
+  constexpr int chains = registers - 4;
+  vec c[chains];
+  for (int i = 0; i < chains; ++i) c[i] = vec{} + static_cast<float>(i);
+  vec a = vec{} + 0.999F, b = vec{} + 1e-3F;
+  asm volatile("" : "+v"(a), "+v"(b));
+  for (std::int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 32
+    for (int i = 0; i < chains; ++i) c[i] = c[i] * a + b;
+  }
+  vec sum{};
+  for (int i = 0; i < chains; ++i) sum += c[i];
+  return sum[0] + sum[lanes - 1];
+}
+
+void gemm(benchmark::State& state) {
+  const auto workers = static_cast<int>(state.range(0));
+  constexpr std::int64_t steps = 200'000;
+  machine::pair_of_threads threads(workers);
+  const double seconds = fastest(state, [&] {
+    threads.run([](int, int) { benchmark::DoNotOptimize(multiply_adds(steps)); });
+  });
+  const double flops = 2.0 * lanes * (registers - 4) * static_cast<double>(steps) * workers;
+  state.SetItemsProcessed(static_cast<std::int64_t>(flops) * state.iterations());
+  state.counters["best_GFLOP/s"] = flops / seconds * 1e-9;
+  judge(state, flops / seconds * 1e-9, workers == 1 ? 253 : 500, "GFLOP/s");
+}
+
+/// Reads n bytes as `streams` runs side by side, which keeps the memory controller busier than one.
+void read_all(const char* data, std::size_t n) {
+  constexpr std::size_t streams = 8, ahead = 1024;
+  const std::size_t run = n / streams;
+  vec sum[streams]{};
+  for (std::size_t at = 0; at < run; at += 64) {
+#pragma GCC unroll 8
+    for (std::size_t s = 0; s < streams; ++s) {
+      const char* p = data + s * run + at;
+      __builtin_prefetch(p + ahead);
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < 64; i += vector_bytes) sum[s] += *reinterpret_cast<const vec*>(p + i);
+    }
+  }
+  benchmark::DoNotOptimize(sum);
+}
+
+void stream(benchmark::State& state) {
+  const auto workers = static_cast<int>(state.range(0));
+  static const machine::huge_array<char> buffer = [] { return machine::huge_array<char>(std::size_t{1} << 31); }();
+  static const bool touched = [] {
+    std::fill(buffer.data(), buffer.data() + buffer.size(), char{0});
+    return true;
+  }();
+  benchmark::DoNotOptimize(touched);
+  machine::pair_of_threads threads(workers);
+  const double seconds = fastest(state, [&] {
+    threads.run([](int part, int parts) {
+      const std::size_t share = buffer.size() / static_cast<std::size_t>(parts);
+      read_all(buffer.data() + share * static_cast<std::size_t>(part), share);
+    });
+  });
+  const auto bytes = static_cast<double>(buffer.size());
+  state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
+  state.counters["best_GB/s"] = bytes / seconds * 1e-9;
+  judge(state, bytes / seconds * 1e-9, workers == 1 ? 37 : 45, "GB/s");
+}
+
+constexpr std::int64_t table_rows = 262'144, cols = 1024, picks = 128, tokens = 512;
+
+/// y = sum of w[i] * row[slot[i]]. A block of columns over all rows, not row after row: many reads are under way at once.
+void sum_rows(const float* table, const std::int32_t* slot, const float* w, float* y) {
+  constexpr int ahead = 8, accumulators = registers / 2;
+  constexpr std::int64_t block = accumulators * lanes;
+  for (std::int64_t first = 0; first < cols; first += block) {
+    vec c[accumulators]{};
+    for (std::int64_t i = 0; i < picks; ++i) {
+      const auto* row = reinterpret_cast<const vec*>(table + slot[i] * cols + first);
+      const auto* next = reinterpret_cast<const char*>(table + slot[std::min(i + ahead, picks - 1)] * cols + first);
+#pragma GCC unroll 16
+      for (int j = 0; j < accumulators * vector_bytes; j += 64) __builtin_prefetch(next + j);
+#pragma GCC unroll 16
+      for (int j = 0; j < accumulators; ++j) c[j] += w[i] * row[j];
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < accumulators; ++j) reinterpret_cast<vec*>(y + first)[j] = c[j];
+  }
+}
+
+void random_rows(benchmark::State& state) {
+  const auto workers = static_cast<int>(state.range(1));
+  constexpr int sets = 8;  // fresh rows each time: 8 x 256 MiB
+  static const machine::huge_array<float> table(table_rows * cols), out(tokens * cols);
+  static const auto [slots, weights] = [] {
+    machine::random_bits random;
+    for (std::size_t i = 0; i < table.size(); ++i) table.data()[i] = random.symmetric();
+    std::pair<std::vector<std::int32_t>, std::vector<float>> p;
+    for (int i = 0; i < sets * tokens * picks; ++i) p.first.push_back(random.below(table_rows)), p.second.push_back(random.symmetric());
+    return p;
+  }();
+  machine::pair_of_threads threads(workers);
+  std::int64_t set = 0;
+  const double seconds = fastest(state, [&] {
+    threads.run([&, s = slots.data(), w = weights.data()](int part, int parts) {
+      for (std::int64_t t = part * tokens / parts; t < (part + 1) * tokens / parts; ++t) {
+        const std::int64_t at = (set * tokens + t) * picks;
+        sum_rows(table.data(), s + at, w + at, out.data() + t * cols);
+      }
+    });
+    set = (set + 1) % sets;
+  });
+  const double bytes = 4.0 * cols * picks * tokens;
+  state.SetItemsProcessed(tokens * state.iterations());
+  state.SetBytesProcessed(static_cast<std::int64_t>(bytes) * state.iterations());
+  state.counters["best_GB/s"] = bytes / seconds * 1e-9;
+  judge(state, bytes / seconds * 1e-9, workers == 1 ? 30 : 45, "GB/s");
+}
+
+BENCHMARK(gemm)->Name("limit/gemm")->ArgName("workers")->Arg(1)->Arg(2)->UseRealTime();
+BENCHMARK(stream)->Name("limit/stream")->ArgName("workers")->Arg(1)->Arg(2)->UseRealTime()->Unit(benchmark::kMillisecond);
+BENCHMARK(random_rows)->Name("limit/random_rows")->ArgNames({"cols", "workers"})->Args({cols, 1})->Args({cols, 2})->UseRealTime()->Unit(benchmark::kMillisecond);
+
+}  // namespace
