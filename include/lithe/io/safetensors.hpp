@@ -254,7 +254,7 @@ class safetensors_file {
 
   [[nodiscard]] const place& find(const std::string& name) const {
     const auto it = tensors_.find(name);
-    if (it == tensors_.end()) throw io_error(concat(who(name), ": expected in the file, found ", tensors_.size(), " others"));
+    if (it == tensors_.end()) throw io_error(concat(who(name), ": expected in the file, found no tensor of that name"));
     return it->second;
   }
   template <tensor_number T>
@@ -320,9 +320,9 @@ class safetensors_writer {
   /// A tensor of any shape, row-major.
   template <tensor_number T>
   void add(const std::string& name, std::vector<index_t> shape, std::span<const T> data, dtype as = dtype_of<T>) {
-    const entry& e = append<T>(name, std::move(shape), as, [data, as](atomic_file& out) { put(out, data, as); });
-    require<config_error>(e.bytes == data.size() * dtype_size(as), "safetensors_writer: tensor ", detail::quoted(name), ": expected data of shape ",
-                          to_text(e.shape), ", got ", data.size(), " elements");
+    require<config_error>(count(shape) == data.size(), "safetensors_writer: tensor ", detail::quoted(name), ": expected data of shape ", to_text(shape),
+                          ", got ", data.size(), " elements");
+    append<T>(name, std::move(shape), as, [data, as](atomic_file& out) { put(out, data, as); });
   }
   /// A matrix; one row is written with shape [cols].
   template <tensor_number T>
@@ -376,14 +376,19 @@ class safetensors_writer {
     return rows == 1 ? std::vector<index_t>{cols} : std::vector<index_t>{rows, cols};
   }
 
+  static std::uint64_t count(const std::vector<index_t>& shape) {
+    std::uint64_t n = 1;
+    for (const index_t d : shape) n *= static_cast<std::uint64_t>(d);
+    return n;
+  }
+
   template <tensor_number T>
-  const entry& append(const std::string& name, std::vector<index_t> shape, dtype as, std::function<void(atomic_file&)> write) {
+  void append(const std::string& name, std::vector<index_t> shape, dtype as, std::function<void(atomic_file&)> write) {
     require<config_error>(as == dtype_of<T> || (std::floating_point<T> && as == dtype::bf16), "safetensors_writer: tensor ", detail::quoted(name),
                           ": expected to write ", dtype_name(dtype_of<T>), std::floating_point<T> ? " or BF16" : "", ", got ", dtype_name(as));
     require<config_error>(name != "__metadata__" && names_.insert(name).second, "safetensors_writer: expected a new name, got ", detail::quoted(name));
-    std::uint64_t bytes = dtype_size(as);
-    for (const index_t d : shape) bytes *= static_cast<std::uint64_t>(d);
-    return entries_.emplace_back(entry{name, as, std::move(shape), bytes, std::move(write)});
+    const std::uint64_t bytes = count(shape) * dtype_size(as);
+    entries_.push_back({name, as, std::move(shape), bytes, std::move(write)});
   }
 
   template <tensor_number T>
