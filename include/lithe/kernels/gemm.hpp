@@ -1,5 +1,6 @@
 #pragma once
 
+#include "lithe/kernels/gemm_kernel.hpp"
 #include "lithe/tensor/scratch.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -9,14 +10,110 @@ enum class update { assign, add };
 
 namespace detail {
 
-inline constexpr index_t gemm_rows = 64;  // rows of the output in one piece of work
+/// How the right-hand side of a product is stored.
+enum class storage {
+  rows,        // [k x n]
+  transposed,  // [n x k]
+  panels       // by packed_matrix
+};
 
-template <class C, class A, class B>
-void eigen_product(C&& c, const A& a, const B& b, update mode) {
-  if (mode == update::assign)
-    c.noalias() = a * b;
-  else
-    c.noalias() += a * b;
+/// c (+)= a b with a(i, k) at a[i * a_row + k * a_k].
+template <class S>
+struct product {
+  index_t rows, cols, depth;
+  const S* a;
+  index_t a_row, a_k;
+  const S* b;
+  index_t b_stride;
+  storage b_storage;
+  S* c;
+  index_t c_stride;
+  bool add;
+};
+
+inline constexpr index_t gemm_depth = 512;  // of one pass: a panel of 64 columns then fills an eighth of a 1 MiB cache
+
+template <class S>
+constexpr index_t round_up(index_t n) {
+  return (n + tile_shape<S>::lanes - 1) / tile_shape<S>::lanes * tile_shape<S>::lanes;
+}
+
+/// One piece of a product, on one worker: its columns panel by panel, each packed where it must be.
+template <class S>
+void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx) {
+  using shape = tile_shape<S>;
+  const index_t longest = std::min(p.depth, gemm_depth);
+  const bool in_place = p.b_storage == storage::rows && rows <= 16;
+  const scratch<S> panel(ctx, p.b_storage == storage::panels ? 0 : longest * shape::width);
+  const bool pack_a = p.a_row == 1 && p.a_k != 1 && cols > shape::width;
+  const index_t a_padded = round_up<S>(rows) + shape::lanes;
+  const scratch<S> a_copy(ctx, pack_a ? longest * a_padded : 0);
+  S edge[shape::rows * shape::width];
+  for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += gemm_depth) {
+    const index_t depth = std::min(p.depth - k0, gemm_depth);
+    const bool add = p.add || k0 != 0;
+    const S* a = p.a + first_row * p.a_row + k0 * p.a_k;
+    index_t a_row = p.a_row, a_k = p.a_k;
+    if (pack_a) {
+      pack_rows(a, a_k, rows, depth, a_copy.data(), a_padded);
+      a = a_copy.data();
+      a_k = a_padded;
+    }
+    for (index_t j = first_col; j < first_col + cols; j += shape::width) {
+      const index_t n = std::min(p.cols - j, shape::width), width = round_up<S>(n);
+      const S* b = panel.data();
+      index_t b_k = width;
+      if (p.b_storage == storage::panels) {
+        b = p.b + j * p.depth + k0 * width;
+      } else if (p.b_storage == storage::transposed) {
+        pack_transposed(p.b + j * p.b_stride + k0, p.b_stride, n, depth, panel.data(), width);
+      } else if (in_place && n == width) {
+        b = p.b + k0 * p.b_stride + j;
+        b_k = p.b_stride;
+      } else {
+        pack_rows(p.b + k0 * p.b_stride + j, p.b_stride, n, depth, panel.data(), width);
+      }
+      const int vectors = static_cast<int>(width / shape::lanes);
+      S* c = p.c + first_row * p.c_stride + j;
+      if (n == width) {
+        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, add);
+        continue;
+      }
+      // A last packet that reaches over the edge goes through a tile of its own.
+      for (index_t i = 0; i < rows; i += shape::rows) {
+        const index_t m = std::min<index_t>(rows - i, shape::rows);
+        for (index_t r = 0; add && r < m; ++r) std::fill(std::copy_n(c + (i + r) * p.c_stride, n, edge + r * width), edge + (r + 1) * width, S(0));
+        multiply_panel<S>(vectors, m, depth, a + i * a_row, a_row, a_k, b, b_k, edge, width, add);
+        for (index_t r = 0; r < m; ++r) std::copy_n(edge + r * width, n, c + (i + r) * p.c_stride);
+      }
+    }
+  }
+}
+
+template <class S>
+void multiply(const product<S>& p, const context& ctx) {
+  using shape = tile_shape<S>;
+  if (p.rows <= 0 || p.cols <= 0) return;
+  constexpr index_t least = index_t{1} << 19;  // multiply-adds worth a piece of its own: some 20 microseconds
+  index_t rows = std::min<index_t>(p.rows, 504), panels = std::min<index_t>((p.cols + shape::width - 1) / shape::width, 4);
+  const auto count = [](index_t n, index_t piece) { return (n + piece - 1) / piece; };
+  const auto pieces = [&] { return count(p.rows, rows) * count(p.cols, panels * shape::width); };
+  while (pieces() < 16 && rows * panels * shape::width * p.depth >= 2 * least) {
+    if (panels > 1 && (p.b_storage != storage::panels || rows < 2 * panels * shape::width))
+      panels = (panels + 1) / 2;
+    else if (rows >= 2 * 8 * shape::rows)
+      rows = count(count(rows, 2), shape::rows) * shape::rows;
+    else
+      break;
+  }
+  const index_t columns = panels * shape::width, across = count(p.cols, columns), total = pieces();
+  if (total == 1) return multiply_piece(p, 0, p.rows, 0, p.cols, ctx);
+  ctx.exec->run(total, 1, [&](index_t first, index_t last) {
+    for (index_t t = first; t < last; ++t) {
+      const index_t i = t / across * rows, j = t % across * columns;
+      multiply_piece(p, i, std::min(rows, p.rows - i), j, std::min(columns, p.cols - j), ctx);
+    }
+  });
 }
 
 }  // namespace detail
@@ -25,47 +122,57 @@ void eigen_product(C&& c, const A& a, const B& b, update mode) {
 template <class S>
 void gemm_nt(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == b.cols() && c.rows() == a.rows() && c.cols() == b.rows());
-  ctx.exec->run(c.rows(), detail::gemm_rows, [&](index_t first, index_t last) {
-    detail::eigen_product(c.slice_rows(first, last - first).map(), a.slice_rows(first, last - first).map(), b.map().transpose(), mode);
-  });
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::transposed, c.data(),
+                       c.stride(), mode == update::add}, ctx);
 }
 
 /// c = a b or c += a b; a [m x k], b [k x n], c [m x n].
 template <class S>
 void gemm_nn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == b.rows() && c.rows() == a.rows() && c.cols() == b.cols());
-  ctx.exec->run(c.rows(), detail::gemm_rows, [&](index_t first, index_t last) {
-    detail::eigen_product(c.slice_rows(first, last - first).map(), a.slice_rows(first, last - first).map(), b.map(), mode);
-  });
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
+                       mode == update::add}, ctx);
 }
 
 /// c = aᵀ b or c += aᵀ b; a [k x m], b [k x n], c [m x n].
 template <class S>
 void gemm_tn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.rows() == b.rows() && c.rows() == a.cols() && c.cols() == b.cols());
-  ctx.exec->run(c.rows(), detail::gemm_rows, [&](index_t first, index_t last) {
-    detail::eigen_product(c.slice_rows(first, last - first).map(), a.slice_cols(first, last - first).map().transpose(), b.map(), mode);
-  });
+  detail::multiply<S>({c.rows(), c.cols(), a.rows(), a.data(), 1, a.stride(), b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
+                       mode == update::add}, ctx);
 }
 
-/// A weight [n x k] stored so that products x wᵀ need no packing. Empty until `assign`.
+/// A weight [n x k] stored so that products x wᵀ need no packing: panels of tile_shape<S>::width rows of w, each transposed, the
+/// last one as wide as whole packets need. Empty until `assign`.
 template <class S>
 class packed_matrix {
  public:
-  [[nodiscard]] bool empty() const { return copy_.size() == 0; }
-  [[nodiscard]] index_t rows() const { return copy_.rows(); }
-  [[nodiscard]] index_t cols() const { return copy_.cols(); }
-  void assign(matrix_view<const S> w) { copy_ = w.map(); }
-  [[nodiscard]] const matrix<S>& copy() const { return copy_; }
+  [[nodiscard]] bool empty() const { return panels_.size() == 0; }
+  [[nodiscard]] index_t rows() const { return rows_; }
+  [[nodiscard]] index_t cols() const { return cols_; }
+  [[nodiscard]] const S* data() const { return panels_.data(); }
+  void assign(matrix_view<const S> w) {
+    rows_ = w.rows();
+    cols_ = w.cols();
+    panels_.resize(1, detail::round_up<S>(rows_) * cols_);
+    for (index_t j = 0; j < rows_; j += detail::tile_shape<S>::width) {
+      const index_t n = std::min(rows_ - j, detail::tile_shape<S>::width);
+      detail::pack_transposed(w.row(j), w.stride(), n, cols_, panels_.data() + j * cols_, detail::round_up<S>(n));
+    }
+  }
+  void clear() { *this = {}; }
 
  private:
-  matrix<S> copy_;
+  index_t rows_ = 0, cols_ = 0;
+  matrix<S> panels_;
 };
 
-/// c = a wᵀ or c += a wᵀ for a packed w.
+/// c = a wᵀ or c += a wᵀ for a packed w; a [m x k], w [n x k], c [m x n].
 template <class S>
 void gemm_packed(matrix_view<const S> a, const packed_matrix<S>& w, matrix_view<S> c, const context& ctx, update mode = update::assign) {
-  gemm_nt<S>(a, w.copy(), c, ctx, mode);
+  LITHE_ASSERT(a.cols() == w.cols() && c.rows() == a.rows() && c.cols() == w.rows());
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data(), 0, detail::storage::panels, c.data(), c.stride(),
+                       mode == update::add}, ctx);
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -1,0 +1,122 @@
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <type_traits>
+
+#include "lithe/core/config.hpp"
+
+// The register tile under every matrix product, on Eigen's packets: one source for every instruction set Eigen knows, with fused
+// multiply-adds wherever the machine has them. There is no intrinsic in it, so there is no second path beside it.
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"  // Eigen's packets as template arguments
+
+namespace lithe::inline LITHE_ABI::detail {
+
+/// What fits the registers of this machine: `rows` x `vectors` accumulators, a row of B and a number of A.
+template <class S>
+struct tile_shape {
+  using packet = typename Eigen::internal::packet_traits<S>::type;
+  static constexpr index_t lanes = Eigen::internal::unpacket_traits<packet>::size;
+  static constexpr int vectors = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 4 : 2;
+  static constexpr int rows = 6;
+  static constexpr index_t width = vectors * lanes;  // 64 floats with AVX-512, 16 with AVX2
+};
+
+/// c = (add ? c : 0) + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
+/// b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k, whatever R and V are.
+template <class S, int R, int V>
+void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, bool add) {
+  using namespace Eigen::internal;
+  using packet = typename tile_shape<S>::packet;
+  constexpr index_t lanes = tile_shape<S>::lanes;
+  packet sum[R][V];
+  // Without the pragmas GCC leaves the accumulators in memory below -O3.
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[i][v] = add ? ploadu<packet>(c + i * c_row + v * lanes) : pset1<packet>(S(0));
+  for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
+    packet row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = ploadu<packet>(b + v * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const packet x = pset1<packet>(a[i * a_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[i][v] = pmadd(x, row[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) pstoreu(c + i * c_row + v * lanes, sum[i][v]);
+}
+
+/// The same for `rows` rows, cut into tiles.
+template <class S, int V>
+void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, bool add) {
+  constexpr index_t full = tile_shape<S>::rows;
+  index_t i = 0;
+  for (; i + full <= rows; i += full) multiply_tile<S, full, V>(depth, a + i * a_row, a_row, a_k, b, b_k, c + i * c_row, c_row, add);
+  a += i * a_row;
+  c += i * c_row;
+  switch (rows - i) {
+    case 1: return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 2: return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 3: return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 4: return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 5: return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    default: return;
+  }
+}
+
+/// The same for a panel of `vectors` packets, at most tile_shape<S>::vectors.
+template <class S>
+void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
+                    bool add) {
+  switch (vectors) {
+    case 1: return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 2: return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 3:
+      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 3>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      break;
+    default:
+      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 4>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+  }
+}
+
+/// panel[k * width + j] = w[j * stride + k] for j < cols, zero for the columns up to `width` (a multiple of the packet): a transpose.
+template <class S>
+void pack_transposed(const S* w, index_t stride, index_t cols, index_t depth, S* panel, index_t width) {
+  using namespace Eigen::internal;
+  // Blocks of 256 bits: Eigen transposes those of 512 with intrinsics that GCC 12 takes for uninitialised and warns about.
+  using packet = typename tile_shape<S>::packet;
+  using square = std::conditional_t<(sizeof(packet) > 32), typename unpacket_traits<packet>::half, packet>;
+  constexpr index_t lanes = unpacket_traits<square>::size;
+  for (index_t j = 0; j < width; j += lanes, w += lanes * stride, panel += lanes) {
+    const index_t n = std::clamp<index_t>(cols - j, 0, lanes);
+    index_t k = 0;
+    for (; n == lanes && k + lanes <= depth; k += lanes) {
+      PacketBlock<square, static_cast<int>(lanes)> block;
+#pragma GCC unroll 8
+      for (int i = 0; i < lanes; ++i) block.packet[i] = ploadu<square>(w + i * stride + k);
+      ptranspose(block);
+#pragma GCC unroll 8
+      for (int i = 0; i < lanes; ++i) pstoreu(panel + (k + i) * width, block.packet[i]);
+    }
+    for (; k < depth; ++k)
+      for (index_t i = 0; i < lanes; ++i) panel[k * width + i] = i < n ? w[i * stride + k] : S(0);
+  }
+}
+
+/// panel[k * width + j] = b[k * stride + j] for j < cols, zero for the columns up to `width`.
+template <class S>
+void pack_rows(const S* b, index_t stride, index_t cols, index_t depth, S* panel, index_t width) {
+  for (index_t k = 0; k < depth; ++k, b += stride, panel += width) std::fill(std::copy_n(b, cols, panel), panel + width, S(0));
+}
+
+}  // namespace lithe::inline LITHE_ABI::detail
+
+#pragma GCC diagnostic pop
