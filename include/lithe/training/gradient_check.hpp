@@ -204,15 +204,12 @@ gradient_check_report check_gradients(L l, input_of<L> x_given, Memory memory_gi
 
   if constexpr (matrix_input) check_matrix(start("x"), x.view(), x.gradient(), 1);
   if constexpr (conditioned) check_matrix(start("memory"), memory.view(), memory.gradient(), 2);
-  for_each_tensor(
-      [&](const std::string& name, role kind, auto& p, auto& q) {
-        if constexpr (real_tensor<decltype(p)>) {
-          if (kind != role::parameter) return;
-          if constexpr (row_sparse<decltype(q)>)
-            check_rows(start(name), p, touched(q));
-          else
-            check_matrix(start(name), p, q, 2);
-        }
+  for_each_parameter(
+      [&](const std::string& name, auto& p, auto& q) {
+        if constexpr (row_sparse<decltype(q)>)
+          check_rows(start(name), p, touched(q));
+        else
+          check_matrix(start(name), p, q, 2);
       },
       l, g);
   return report;

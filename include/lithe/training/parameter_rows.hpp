@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string_view>
+
 #include "lithe/layers/parameters.hpp"
 
 // How code that meets every tensor of a model reaches their numbers: parameters are matrices or value tables, gradients are dense
@@ -47,6 +49,47 @@ void write_row(P& p, index_t row, std::span<const S> in) {
     std::copy_n(in.data(), p.cols(), p.data() + row * p.cols());
   else
     p.write_row(row, in);
+}
+
+/// All numbers of a gradient that may differ from zero, as one matrix.
+template <class Q>
+[[nodiscard]] auto numbers_of(Q& q) {
+  if constexpr (row_sparse<Q>)
+    return touched(q).values();
+  else
+    return view(q);
+}
+
+/// f(name, parameter, gradient) for every tensor that training may change, a shared table once.
+template <class F, class L, class G>
+void for_each_parameter(F&& f, L& model, G& gradient) {
+  for_each_tensor(
+      [&](const std::string& name, role kind, auto& p, auto& q) {
+        if constexpr (real_tensor<decltype(p)>)
+          if (kind == role::parameter) f(name, p, q);
+      },
+      model, gradient);
+}
+
+/// Whether `name` fits a pattern, in which * stands for any text and ? for any letter; "!" in front turns the answer around.
+inline bool matches(std::string_view pattern, std::string_view name) {
+  if (pattern.starts_with('!')) return !matches(pattern.substr(1), name);
+  std::size_t p = 0, n = 0, star = std::string_view::npos, resume = 0;
+  while (n < name.size()) {
+    if (p < pattern.size() && pattern[p] == '*') {
+      star = p++;
+      resume = n;
+    } else if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == name[n])) {
+      ++p;
+      ++n;
+    } else if (star != std::string_view::npos) {  // the last star takes one letter more
+      p = star + 1;
+      n = ++resume;
+    } else {
+      return false;
+    }
+  }
+  return pattern.find_first_not_of('*', p) == std::string_view::npos;
 }
 
 }  // namespace lithe::inline LITHE_ABI::detail

@@ -1,0 +1,254 @@
+#pragma once
+
+#include <optional>
+
+#include "lithe/training/update_rules.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// How a tensor moves. With learning rate r, gradient g, step s = 1, 2, ... (which counts all steps) and decay λ:
+///
+///     sgd              p -= r (g + λ p)
+///     adam             p -= r λ p, m = β₁ m + (1 - β₁) g, v = β₂ v + (1 - β₂) g², p -= r (m / (1 - β₁ˢ)) / (√(v / (1 - β₂ˢ)) + ε)
+///                      (AdamW, Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)
+///     lazy_adam        the same; of a row-sparse gradient only the touched rows move, their moments too
+///     rowwise_adagrad  one sum for a row: a += mean(g²), p -= r g / (√a + ε)
+///
+/// Of a row-sparse gradient `sgd`, `lazy_adam` and `rowwise_adagrad` move the touched rows alone and without decay; `adam` moves every
+/// row of the table, touched or not: the rule to compare with, not to train with. Decay never applies to rowwise_adagrad.
+enum class update_rule { sgd, adam, lazy_adam, rowwise_adagrad };
+
+/// Settings of the parameters whose name fits `pattern`: * stands for any text, ? for any letter ("*.values", "*bias"), a "!" in
+/// front for all names that do not fit. The first group that fits counts.
+struct parameter_group {
+  std::string pattern;
+  double rate = 1;                       ///< multiplies the learning rate; may be set anew before each step
+  std::optional<double> own_rate{};      ///< instead of the learning rate given to `step`
+  std::optional<double> weight_decay{};  ///< instead of optimiser_config::weight_decay
+  std::optional<update_rule> rule{};     ///< instead of `dense` or `sparse`
+  bool frozen = false;                   ///< never moves, holds no moments
+};
+
+struct optimiser_config {
+  update_rule dense = update_rule::adam;        ///< for dense gradients
+  update_rule sparse = update_rule::lazy_adam;  ///< for row-sparse gradients: value tables, embeddings
+  double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
+  double weight_decay = 0;
+  std::vector<parameter_group> groups{};
+};
+
+/// Moves the parameters of a model along its gradient; state (running statistics) it leaves alone.
+///
+///     optimiser<float> adam({.weight_decay = 0.1, .groups = {{.pattern = "*bias", .weight_decay = 0}, {.pattern = "*.values", .rate = 4}}});
+///     for (;;) {
+///       set_zero(model, g);
+///       ... model.backward(..., g, ctx) once or several times ...
+///       clip_by_global_norm(model, g, 1.0, ctx);
+///       adam.step(model, g, schedule(adam.steps()), ctx);
+///     }
+///
+/// The settings in `config` may be changed between steps, except for the rule of a tensor that has moved. The run's own state
+/// is the number of steps and the moments, kept for each tensor under its name; what several layers share has one.
+template <std::floating_point S>
+class optimiser {
+ public:
+  optimiser_config config;
+
+  /// Throws config_error for betas outside of [0, 1), epsilon <= 0, negative rates or decay.
+  explicit optimiser(optimiser_config c = {}) : config(std::move(c)) { check(); }
+
+  /// One step; then folds in what training gathered beside gradients and refreshes packed copies (`after_step` of parameters.hpp).
+  /// Allocates moments at the first step only. The same bits with any number of workers.
+  ///
+  /// Throws config_error for bad settings, and state_error if a group's pattern fits no parameter (a misspelt name would silently
+  /// do nothing), if the model is another one than before, or if the gradient is not the model's: all before anything has moved.
+  template <class L>
+  void step(L& model, const gradient_of<L>& gradient, double learning_rate, const context& ctx = {}) {
+    static_assert(std::same_as<typename L::scalar, S>, "lithe: the optimiser's scalar differs from the model's.");
+    require<config_error>(learning_rate >= 0 && std::isfinite(learning_rate), "optimiser: expected a finite learning rate of at least 0, got ",
+                          learning_rate);
+    prepare(model, gradient);
+    ++steps_;
+    std::size_t at = 0;
+    detail::for_each_parameter(
+        [&](const std::string& name, auto& p, const auto& q) {
+          const settings s = settings_of<decltype(q)>(name);
+          const moments& state = moments_[at++];
+          if (!s.frozen) update(p, q, s, state, s.own_rate.value_or(learning_rate) * s.rate, ctx);
+        },
+        model, gradient);
+    after_step(model, gradient);
+  }
+
+  /// Makes the moments, which the first step does by itself; needed before a saved state is loaded. Throws as `step` does.
+  template <class L>
+  void prepare(const L& model, const gradient_of<L>& gradient) {
+    check();
+    matched_.assign(config.groups.size(), 0);
+    std::size_t at = 0;
+    detail::for_each_parameter(
+        [&](const std::string& name, const auto& p, const auto& q) {
+          check_shape(name, p, q);
+          if (steps_ == 0 && at == moments_.size()) moments_.push_back({name});
+          require<state_error>(at < moments_.size() && moments_[at].name == name, "optimiser: expected the model of the steps before, whose tensor ",
+                               at, " is ", at < moments_.size() ? moments_[at].name : "none", ", got ", name);
+          moments& state = moments_[at++];
+          const settings s = settings_of<decltype(q)>(name);
+          if (s.frozen) return;
+          if (!state.rule) {
+            state.rule = s.rule;
+            const bool adam = s.rule == update_rule::adam || s.rule == update_rule::lazy_adam;
+            if (adam) state.first = {p.rows(), p.cols()};
+            if (adam) state.second = {p.rows(), p.cols()};
+            if (s.rule == update_rule::rowwise_adagrad) state.second = {p.rows(), 1};
+          }
+          const matrix_view<S> second = state.second.view();
+          require<state_error>(state.rule == s.rule && (second.size() == 0 || second.rows() == p.rows()), "optimiser: rule or shape of ", name,
+                               " changed since its moments were made");
+        },
+        model, gradient);
+    require<state_error>(at == moments_.size(), "optimiser: expected the model of the steps before with ", moments_.size(), " tensors, got ", at);
+    for (std::size_t i = 0; i < matched_.size(); ++i)
+      require<state_error>(matched_[i] != 0, "optimiser: no parameter has a name like '", config.groups[i].pattern,
+                           "', or earlier groups took them all");
+  }
+
+  /// The number of steps taken.
+  [[nodiscard]] std::int64_t steps() const { return steps_; }
+
+  /// f(name, x) for all that resuming needs: "steps", a number, and the moments, each a matrix_view<S> to read or to write. A run
+  /// that is resumed from them goes on with the same bits.
+  template <class F>
+  void visit_state(F&& f) {
+    f(std::string("steps"), steps_);
+    for (const moments& state : moments_) {
+      auto first = state.first.view(), second = state.second.view();
+      if (first.size() != 0) f("first_moment." + state.name, first);
+      if (second.size() != 0) f("second_moment." + state.name, second);
+    }
+  }
+
+ private:
+  struct moments {
+    std::string name;
+    std::optional<update_rule> rule{};  // none before it moves
+    detail::zeroed_matrix<S> first{}, second{};
+  };
+  struct settings {
+    double rate;
+    std::optional<double> own_rate;
+    double weight_decay;
+    update_rule rule;
+    bool frozen;
+  };
+
+  void check() const {
+    const auto fraction = [](double b) { return b >= 0 && b < 1; };
+    const auto usable = [](double r) { return r >= 0 && std::isfinite(r); };
+    require<config_error>(fraction(config.beta1) && fraction(config.beta2), "optimiser: expected betas in [0, 1), got ", config.beta1, " and ",
+                          config.beta2);
+    require<config_error>(config.epsilon > 0, "optimiser: expected an epsilon above 0, got ", config.epsilon);
+    require<config_error>(usable(config.weight_decay), "optimiser: expected a weight decay of at least 0, got ", config.weight_decay);
+    for (const parameter_group& g : config.groups)
+      require<config_error>(usable(g.rate) && usable(g.own_rate.value_or(0)) && usable(g.weight_decay.value_or(0)), "optimiser: group '", g.pattern,
+                            "' has a negative rate or weight decay");
+  }
+  template <class P, class Q>
+  static void check_shape(const std::string& name, const P& p, const Q& q) {
+    index_t rows = 0, cols = 0;
+    if constexpr (detail::row_sparse<const Q>) {
+      rows = detail::touched(q).total_rows;
+      cols = detail::touched(q).cols;
+    } else {
+      rows = q.rows();
+      cols = q.cols();
+    }
+    require<state_error>(rows == p.rows() && cols == p.cols(), "optimiser: expected a gradient of ", name, " of shape ", to_text(p.rows(), p.cols()),
+                         ", got ", to_text(rows, cols));
+  }
+  template <class Q>
+  settings settings_of(const std::string& name) {
+    settings s{1, {}, config.weight_decay, detail::row_sparse<std::remove_reference_t<Q>> ? config.sparse : config.dense, false};
+    for (std::size_t i = 0; i < config.groups.size(); ++i) {
+      const parameter_group& g = config.groups[i];
+      if (!detail::matches(g.pattern, name)) continue;
+      matched_[i] = 1;
+      return {g.rate, g.own_rate, g.weight_decay.value_or(s.weight_decay), g.rule.value_or(s.rule), g.frozen};
+    }
+    return s;
+  }
+
+  /// Calls `move` with the arithmetic of a rule.
+  template <class F>
+  void with_rule(update_rule rule, double rate, double decay, F&& move) const {
+    if (rule == update_rule::sgd)
+      move(detail::sgd_update<S>(rate, decay));
+    else if (rule == update_rule::rowwise_adagrad)
+      move(detail::rowwise_adagrad_update<S>(rate, config.epsilon));
+    else
+      move(detail::adam_update<S>(config.beta1, config.beta2, config.epsilon, rate, decay, static_cast<double>(steps_)));
+  }
+
+  template <class P, class Q>
+  void update(P& p, const Q& q, const settings& s, const moments& state, double rate, const context& ctx) const {
+    if constexpr (detail::row_sparse<const Q>) {
+      const auto& g = detail::touched(q);
+      if (s.rule == update_rule::adam)
+        with_rule(s.rule, rate, s.weight_decay, [&](const auto& rule) { update_all_rows(p, g, rule, state, ctx); });
+      else
+        with_rule(s.rule, rate, 0, [&](const auto& rule) { update_touched_rows(p, g, rule, state, ctx); });
+    } else {
+      with_rule(s.rule, rate, s.weight_decay, [&](const auto& rule) {
+        if (s.rule == update_rule::rowwise_adagrad) {
+          ctx.exec->run(p.rows(), rows_in_piece(p.cols()), [&](index_t first, index_t last) {
+            for (index_t i = first; i < last; ++i) rule(p.data() + i * p.cols(), q.data() + i * p.cols(), nullptr, state.second.row(i), p.cols());
+          });
+        } else {
+          S* const m = state.first.view().data();
+          S* const v = state.second.view().data();
+          ctx.exec->run(p.size(), 16 * detail::update_block, [&](index_t first, index_t last) {
+            rule(p.data() + first, q.data() + first, m == nullptr ? m : m + first, v == nullptr ? v : v + first, last - first);
+          });
+        }
+      });
+    }
+  }
+
+  static index_t rows_in_piece(index_t cols) { return std::max<index_t>(1, 16 * detail::update_block / cols); }
+
+  /// One row of a matrix in place, of a table by way of `buffer`.
+  template <class P, class Rule>
+  static void update_row(P& p, index_t i, const S* g, const Rule& rule, const moments& state, std::span<S> buffer) {
+    if constexpr (detail::eigen_type<P>) {
+      rule(p.data() + i * p.cols(), g, state.first.row(i), state.second.row(i), p.cols());
+    } else {
+      detail::read_row<S>(p, i, buffer);
+      rule(buffer.data(), g, state.first.row(i), state.second.row(i), p.cols());
+      detail::write_row<S>(p, i, buffer);
+    }
+  }
+  template <class P, class Rule>
+  static void update_touched_rows(P& p, const row_gradient<S>& g, const Rule& rule, const moments& state, const context& ctx) {
+    ctx.exec->run(g.count(), rows_in_piece(p.cols()), [&](index_t first, index_t last) {
+      const scratch<S> buffer(ctx, p.cols());
+      for (index_t i = first; i < last; ++i) update_row(p, g.rows[static_cast<std::size_t>(i)], g.values().row(i), rule, state, buffer.span());
+    });
+  }
+  template <class P, class Rule>
+  static void update_all_rows(P& p, const row_gradient<S>& g, const Rule& rule, const moments& state, const context& ctx) {
+    if constexpr (std::is_same_v<Rule, detail::adam_update<S>>)  // the one rule that moves rows without a gradient
+      ctx.exec->run(p.rows(), rows_in_piece(p.cols()), [&](index_t first, index_t last) {
+        const scratch<S> buffer(ctx, p.cols());
+        for (index_t i = first; i < last; ++i) {
+          const index_t at = g.find(static_cast<slot_t>(i));
+          update_row(p, i, at < 0 ? nullptr : g.values().row(at), rule, state, buffer.span());
+        }
+      });
+  }
+
+  std::int64_t steps_ = 0;
+  std::vector<moments> moments_;  // in the order of the walk
+  std::vector<char> matched_;     // which groups fit a name, in the walk of `prepare`
+};
+
+}  // namespace lithe::inline LITHE_ABI
