@@ -22,7 +22,7 @@ void add(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
 template <class S>
 void add_to_rows(matrix_view<const S> b, matrix_view<S> y, const context& ctx) {
   ctx.exec->run(y.rows(), detail::grain_rows(y.cols()), [&](index_t first, index_t last) {
-    for (index_t t = first; t < last; ++t) y.slice_rows(t, 1).map() += b.map();
+    for (index_t t = first; t < last; ++t) y.row_array(t) += b.row_array(0);
   });
 }
 

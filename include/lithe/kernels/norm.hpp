@@ -15,12 +15,12 @@ void normalise_rows(matrix_view<const S> x, matrix_view<const S> weight, matrix_
                     matrix_view<S> statistics, const context& ctx) {
   ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
     for (index_t t = first; t < last; ++t) {
-      const auto row = x.slice_rows(t, 1).map().array();
+      const auto row = x.row_array(t);
       const S mean = centred ? row.mean() : S(0);
       const S inverse = S(1) / std::sqrt((row - mean).square().mean() + epsilon);
-      auto out = y.slice_rows(t, 1).map().array();
-      out = (row - mean) * inverse * weight.map().array();
-      if (bias.rows() != 0) out += bias.map().array();
+      auto out = y.row_array(t);
+      out = (row - mean) * inverse * weight.row_array(0);
+      if (bias.rows() != 0) out += bias.row_array(0);
       statistics(t, 0) = mean;
       statistics(t, 1) = inverse;
     }
@@ -36,19 +36,19 @@ void normalise_rows_backward(matrix_view<const S> x, matrix_view<const S> weight
   const scratch<S> sums(ctx, 2 * pieces, cols);  // of each piece: dweight, dbias
   ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
     const index_t piece = first / detail::norm_rows;
-    auto sum_weight = sums.view().slice_rows(2 * piece, 1).map().array(), sum_bias = sums.view().slice_rows(2 * piece + 1, 1).map().array();
+    auto sum_weight = sums.view().row_array(2 * piece), sum_bias = sums.view().row_array(2 * piece + 1);
     sum_weight.setZero();
     sum_bias.setZero();
     const scratch<S> unit(ctx, 1, cols), scaled(ctx, 1, cols);
-    auto z = unit.map().array(), e = scaled.map().array();
+    auto z = unit.view().row_array(0), e = scaled.view().row_array(0);
     for (index_t t = first; t < last; ++t) {
-      const auto d = dy.slice_rows(t, 1).map().array();
-      z = (x.slice_rows(t, 1).map().array() - statistics(t, 0)) * statistics(t, 1);
-      e = d * weight.map().array();
+      const auto d = dy.row_array(t);
+      z = (x.row_array(t) - statistics(t, 0)) * statistics(t, 1);
+      e = d * weight.row_array(0);
       sum_weight += d * z;
       sum_bias += d;
       const S mean = centred ? e.mean() : S(0), along = (e * z).mean();
-      dx.slice_rows(t, 1).map().array() = statistics(t, 1) * (e - mean - z * along);
+      dx.row_array(t) = statistics(t, 1) * (e - mean - z * along);
     }
   });
   for (index_t piece = 0; piece < pieces; ++piece) {

@@ -122,7 +122,7 @@ struct batch_norm {
       const auto at = [&](const matrix<S>& m, index_t row) { return m.row(row).segment(first, n).array(); };
       const Eigen::Array<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, block> mean = at(r.statistics, 0), inverse = at(r.statistics, 1);
       Eigen::Array<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, block> sum = mean * 0, along = sum;
-      const auto row = [&](matrix_view<const S> m, index_t t) { return m.slice_rows(t, 1).slice_cols(first, n).map().array(); };
+      const auto row = [&](matrix_view<const S> m, index_t t) { return m.slice_cols(first, n).row_array(t); };
       for (index_t t = 0; t < x.rows(); ++t)
         if (ctx.valid(t)) {
           sum += row(dy, t);
@@ -132,7 +132,7 @@ struct batch_norm {
       g.bias.row(0).segment(first, n).array() += sum;
       const S share = r.counted == 0 ? S(0) : S(1) / static_cast<S>(r.counted);
       for (index_t t = 0; t < x.rows(); ++t) {
-        auto out = dx.slice_rows(t, 1).slice_cols(first, n).map().array();
+        auto out = dx.slice_cols(first, n).row_array(t);
         if (ctx.valid(t))
           out = at(weight, 0) * inverse * (row(dy, t) - share * (sum + (row(x, t) - mean) * inverse * along));
         else
@@ -177,9 +177,9 @@ struct batch_norm {
     if (x.rows() == 0) return 0;
     require<shape_error>(!ctx.train || counted >= 2, "batch_norm: expected at least 2 rows that are no padding in training, got ", counted);
     each_block(ctx, [&](index_t first, index_t n) {
-      auto mean = statistics.slice_rows(0, 1).slice_cols(first, n).map().array();
-      auto inverse = statistics.slice_rows(1, 1).slice_cols(first, n).map().array();
-      const auto row = [&](index_t t) { return x.slice_rows(t, 1).slice_cols(first, n).map().array(); };
+      auto mean = statistics.slice_cols(first, n).row_array(0);
+      auto inverse = statistics.slice_cols(first, n).row_array(1);
+      const auto row = [&](index_t t) { return x.slice_cols(first, n).row_array(t); };
       if (ctx.train) {
         mean.setZero();
         inverse.setZero();
@@ -194,7 +194,7 @@ struct batch_norm {
         inverse = (running_var.row(0).segment(first, n).array() + epsilon).rsqrt();
       }
       for (index_t t = 0; t < x.rows(); ++t)
-        y.slice_rows(t, 1).slice_cols(first, n).map().array() =
+        y.slice_cols(first, n).row_array(t) =
             (row(t) - mean) * inverse * weight.row(0).segment(first, n).array() + bias.row(0).segment(first, n).array();
     });
     return counted;

@@ -112,6 +112,8 @@ class matrix_view {
   using scalar = std::remove_const_t<S>;
   using map_type = Eigen::Map<std::conditional_t<std::is_const_v<S>, const matrix<scalar>, matrix<scalar>>, 0, Eigen::OuterStride<>>;
 
+  using row_type = Eigen::Map<std::conditional_t<std::is_const_v<S>, const Eigen::Array<scalar, 1, Eigen::Dynamic>, Eigen::Array<scalar, 1, Eigen::Dynamic>>>;
+
   constexpr matrix_view() = default;
   constexpr matrix_view(S* data, index_t rows, index_t cols, index_t stride) : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
   constexpr matrix_view(S* data, index_t rows, index_t cols) : matrix_view(data, rows, cols, cols) {}
@@ -144,6 +146,8 @@ class matrix_view {
   [[nodiscard]] constexpr S& operator()(index_t i, index_t j) const { return data_[i * stride_ + j]; }
   /// The same matrix for Eigen's expressions.
   [[nodiscard]] map_type map() const { return map_type(data_, rows_, cols_, Eigen::OuterStride<>(stride_)); }
+  /// One row for Eigen's coefficient-wise expressions.
+  [[nodiscard]] row_type row_array(index_t i) const { return row_type(row(i), cols_); }
   [[nodiscard]] constexpr matrix_view slice_rows(index_t first, index_t n) const { return {row(first), n, cols_, stride_}; }
   [[nodiscard]] constexpr matrix_view slice_cols(index_t first, index_t n) const { return {data_ + first, rows_, n, stride_}; }
 

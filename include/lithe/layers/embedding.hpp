@@ -1,0 +1,124 @@
+#pragma once
+
+#include "lithe/kernels/elementwise.hpp"
+#include "lithe/kernels/gather.hpp"
+#include "lithe/layers/cost.hpp"
+#include "lithe/layers/initialise.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+struct embedding_config {
+  index_t tokens = 0, features = 0;
+  index_t positions = 0;   ///< longest sequence with learned positions; 0 = none
+  double deviation = 0.02; ///< of the normal numbers that both tables start at
+};
+
+/// Token embedding: y_t = E[id_t] + P[position of t in its sequence]; ids [T] -> y [T x features], E [tokens x features], P [positions x
+/// features] or empty. Both gradients hold touched rows only. While decoding, positions go on where the cache slot stands.
+///
+/// Throws config_error, index_error (a token or position outside its table).
+template <std::floating_point S>
+struct embedding {
+  using scalar = S;
+  using input_type = std::span<const token_t>;
+  using input_gradient_type = nothing;
+  struct record {};
+  struct gradient {
+    row_gradient<S> weight, position;
+  };
+  struct cache {
+    std::vector<index_t> lengths;
+  };
+  static constexpr bool looks_across = true;  // through positions
+
+  matrix<S> weight, position;
+
+  embedding() = default;
+  embedding(embedding_config c, rng_key key) : weight(c.tokens, c.features), position(c.positions, c.features) {
+    require<config_error>(c.tokens >= 1 && c.features >= 1 && c.positions >= 0, "embedding: expected at least 1 token and 1 feature, got ", c.tokens,
+                          " and ", c.features);
+    fill_normal<S>(weight, c.deviation, key.child(0));
+    fill_normal<S>(position, c.deviation, key.child(1));
+  }
+
+  shape output_shape(input_type ids) const { return {static_cast<index_t>(ids.size()), weight.cols()}; }
+
+  void forward(input_type ids, matrix_view<S> y, const context& ctx) const {
+    const scratch<slot_t> at(ctx, output_shape(ids).rows);
+    find_positions(ids, at.span(), nullptr, ctx);
+    look_up(ids, at.span(), y, ctx);
+  }
+  void forward(input_type ids, matrix_view<S> y, record&, const context& ctx) const { forward(ids, y, ctx); }
+
+  /// dE[id_t] += dy_t, dP[position] += dy_t.
+  void backward(input_type ids, const record&, matrix_view<const S> dy, nothing, gradient& g, const context& ctx) const {
+    const scratch<S> ones(ctx, output_shape(ids).rows);
+    const scratch<slot_t> at(ctx, output_shape(ids).rows);
+    std::fill_n(ones.data(), ids.size(), S(1));
+    scatter_add<S>({ids, ones.span(), 1}, dy, g.weight, ctx);
+    if (position.rows() == 0) return;
+    find_positions(ids, at.span(), nullptr, ctx);
+    scatter_add<S>({at.span(), ones.span(), 1}, dy, g.position, ctx);
+  }
+
+  [[nodiscard]] cache make_cache(index_t slots, index_t) const { return {std::vector<index_t>(static_cast<std::size_t>(slots), 0)}; }
+  void decode(input_type ids, matrix_view<S> y, cache& c, const context& ctx) const {
+    const scratch<slot_t> at(ctx, output_shape(ids).rows);
+    find_positions(ids, at.span(), &c, ctx);
+    look_up(ids, at.span(), y, ctx);
+    advance(ids, c, ctx);
+  }
+  void fill(input_type ids, cache& c, const context& ctx) const { advance(ids, c, ctx); }
+  void truncate(cache& c, index_t slot, index_t length) const {
+    auto& n = c.lengths[static_cast<std::size_t>(slot)];
+    n = std::min(n, length);
+  }
+  void permute(cache& c, std::span<const index_t> order) const {
+    const auto before = c.lengths;
+    for (std::size_t i = 0; i < order.size(); ++i) c.lengths[i] = before[static_cast<std::size_t>(order[i])];
+  }
+
+  [[nodiscard]] cost forward_cost(index_t) const {
+    const double row = static_cast<double>(weight.cols()), tables = position.rows() > 0 ? 2 : 1;
+    return {static_cast<double>(weight.size() + position.size()), (tables - 1) * row, tables * row * sizeof(S)};
+  }
+  template <class F, class... T>
+  static void visit(F&& f, T&... s) {
+    f("weight", s.weight...);
+    f("position", s.position...);
+  }
+
+ private:
+  void find_positions(input_type ids, std::span<slot_t> at, const cache* c, const context& ctx) const {
+    const index_t T = static_cast<index_t>(ids.size());
+    ctx.rows.check("embedding", T);
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t begin = ctx.rows.begin(s), n = ctx.rows.end(s, T) - begin;
+      const index_t start = c == nullptr ? 0 : c->lengths[static_cast<std::size_t>(ctx.slot(s))];
+      require<index_error>(position.rows() == 0 || start + n <= position.rows(), "embedding: a sequence of ", start + n,
+                           " tokens is longer than the ", position.rows(), " learned positions");
+      for (index_t i = 0; i < n; ++i) at[static_cast<std::size_t>(begin + i)] = static_cast<slot_t>(start + i);
+    }
+  }
+  void look_up(input_type ids, std::span<const slot_t> at, matrix_view<S> y, const context& ctx) const {
+    const shape out = output_shape(ids);
+    require_shape("embedding", "y", y, out.rows, out.cols);
+    for (std::size_t t = 0; t < ids.size(); ++t)
+      require<index_error>(ids[t] >= 0 && ids[t] < weight.rows(), "embedding: token ", ids[t], " in row ", t, " lies outside 0 .. ", weight.rows() - 1);
+    ctx.exec->run(out.rows, detail::grain_rows(out.cols), [&](index_t first, index_t last) {
+      for (index_t t = first; t < last; ++t) {
+        const auto i = static_cast<std::size_t>(t);
+        auto row = y.slice_rows(t, 1).map().row(0);
+        row = weight.row(ids[i]);
+        if (position.rows() > 0) row += position.row(at[i]);
+      }
+    });
+  }
+  void advance(input_type ids, cache& c, const context& ctx) const {
+    const index_t T = static_cast<index_t>(ids.size());
+    for (index_t s = 0; s < ctx.rows.count(); ++s)
+      c.lengths[static_cast<std::size_t>(ctx.slot(s))] += ctx.rows.end(s, T) - ctx.rows.begin(s);
+  }
+};
+
+}  // namespace lithe::inline LITHE_ABI
