@@ -6,11 +6,17 @@
 
 namespace lithe::inline LITHE_ABI {
 
+namespace detail {
+template <class First, class... Rest>
+inline constexpr bool only_first_takes_tokens = (std::same_as<input_of<Rest>, matrix_view<const typename Rest::scalar>> && ...);
+}  // namespace detail
+
 /// Layers one after the other: y = l_n(... l_2(l_1(x))). Only the first may take tokens. Its children are named "0", "1", ...
 template <class... L>
 struct sequential {
   static_assert(sizeof...(L) > 0, "lithe: a sequential needs at least one layer.");
   static_assert((explain_layer<L>() && ...));
+  static_assert(detail::only_first_takes_tokens<L...>, "lithe: only the first layer of a sequential may take tokens.");
   using first = std::tuple_element_t<0, std::tuple<L...>>;
   using scalar = typename first::scalar;
   using S = scalar;
