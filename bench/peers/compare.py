@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Runs lithe_bench, PyTorch and ONNX Runtime in turn on this machine and prints one table of ratios.
+
+    python3 bench/peers/compare.py --bench build/release/bench/lithe_bench
+
+A round measures every case on every side, one after the other; a column is the median of the rounds, a ratio the median of the ratios
+of single rounds, so that a machine that changes its speed changes both sides. Peers: Debian's python3-torch (with OpenBLAS, fetched
+into the cache folder if the system has only the reference BLAS), and ONNX Runtime by `npm install --ignore-scripts
+onnxruntime-node` into the cache folder. A peer that is missing leaves its column empty and says why.
+
+--builds also builds lithe_bench for x86-64-v3 (AVX2) and with Eigen's path alone, and adds their columns.
+"""
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+ORT_VERSION = "1.30.0"
+PYTHON = "/usr/bin/python3"  # the one that Debian's packages serve
+
+ROW = 4 * 1024 * 128  # bytes of value rows that a token reads
+# case: (unit, target ratio to the better peer, FLOPs an item, random-row bytes an item); the last two make the limit
+CASES = {
+    "top_k/n:512/k:32": ("list", 14, 0, 0),
+    "gather_sum/rows:262144/cols:1024": ("token", None, 0, ROW),
+    "product_key_memory/forward/tokens:512": ("token", 3.3, 6.29e6, ROW),
+    "product_key_memory/forward/tokens:64": ("token", 2.8, 6.29e6, ROW),
+    "product_key_memory/forward/tokens:1": ("token", 1.8, 0, 0),
+    "product_key_memory/train/tokens:512": ("token", 5, 0, 0),
+    "feed_forward/forward/tokens:512": ("token", 1, 16.78e6, 0),
+    "feed_forward/forward/tokens:1": ("token", 1, 0, 0),
+    "attention/exact_causal/length:8192": ("token", 3, 8192 * 512, 0),
+    "attention/exact_bidirectional/length:8192": ("token", 1, 8192 * 1024, 0),
+    "language_model/train/layers:3/features:128": ("token", 4, 0, 0),
+}
+LIMITS = ["limit/gemm", "limit/stream", "limit/random_rows/cols:1024"]
+BUILDS = {"AVX2": "-O3 -march=x86-64-v3 -DNDEBUG", "Eigen": "-O3 -march=native -DLITHE_EIGEN_KERNELS -DNDEBUG"}
+
+
+class Peer:
+    """A program that takes case names and answers with lines of JSON. `missing` says why there is none."""
+
+    def __init__(self, command, env=None, missing=None):
+        self.missing, self.process, self.version, self.notes = missing, None, "", {}
+        if missing is None:
+            complaints = tempfile.TemporaryFile("w+")
+            try:
+                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True, env=env)
+                hello = json.loads(self.process.stdout.readline())
+                self.version = " ".join(str(hello[k]) for k in ("version", "cpu") if k in hello)
+            except (OSError, ValueError):
+                complaints.seek(0)
+                self.missing = complaints.read().strip().split("\n")[-1] or f"{command[0]} does not start"
+
+    def measure(self, case):
+        if self.missing is not None or case in self.notes:
+            return None
+        try:
+            self.process.stdin.write(case + "\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.missing = f"its process ended at {case}"
+            return None
+        if "error" in answer:
+            self.notes[case] = answer["error"]
+        return answer.get("us_per_token")
+
+    def close(self):
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def run(*command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+def torch_peer(cache, threads, seconds):
+    """PyTorch, with a BLAS that is worth comparing with: without one its products run at some GFLOP/s."""
+    env, blas = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads)), "the system's BLAS"
+    try:
+        found = run(PYTHON, "-c", "import ctypes; ctypes.CDLL('libblas.so.3'); print(next(l.split()[-1] for l in open('/proc/self/maps') if 'blas' in l))")
+        if not re.search("openblas|mkl|blis", os.path.realpath(found.strip())):
+            if not list(cache.glob("openblas/usr/lib/*/openblas-openmp")):
+                cache.mkdir(parents=True, exist_ok=True)
+                run("apt-get", "download", "libopenblas0-openmp", cwd=cache)
+                run("dpkg", "-x", str(next(cache.glob("libopenblas0-openmp_*.deb"))), str(cache / "openblas"))
+            folder = next(cache.glob("openblas/usr/lib/*/openblas-openmp"))
+            env["LD_LIBRARY_PATH"] = str(folder)
+            found = str(next(folder.glob("libopenblas*-r*.so")))
+        blas = os.path.basename(os.path.realpath(found.strip()))
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+        blas = f"the reference BLAS (no OpenBLAS: {error}): FIGURES NOT WORTH COMPARING"
+    peer = Peer([PYTHON, str(HERE / "torch_peer.py"), "--threads", str(threads), "--seconds", str(seconds)], env)
+    peer.version += f", {blas}"
+    return peer
+
+
+def onnx_peer(cache, threads, seconds):
+    if not shutil.which("node") or not shutil.which("npm"):
+        return Peer([], missing="node and npm are not installed (Debian: apt-get install nodejs npm)")
+    try:
+        package = cache / "node_modules" / "onnxruntime-node" / "package.json"
+        if not package.exists() or json.loads(package.read_text())["version"] != ORT_VERSION:
+            cache.mkdir(parents=True, exist_ok=True)
+            run("npm", "install", "--ignore-scripts", "--no-save", "--prefix", str(cache), f"onnxruntime-node@{ORT_VERSION}")
+        run(PYTHON, str(HERE / "onnx_graphs.py"), str(cache / "graphs"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().split("\n")[-1]
+        return Peer([], missing=reason)
+    return Peer(["node", str(HERE / "onnx_peer.js"), str(cache / "graphs"), str(cache / "node_modules"), str(threads), str(seconds)])
+
+
+class Bench:
+    """A lithe_bench program. Values are microseconds an item, of limits GFLOP/s or GB/s."""
+
+    def __init__(self, program, threads, seconds):
+        self.program, self.threads, self.seconds, self.context, self.missing, self.labels = program, threads, seconds, {}, set(), {}
+
+    def measure(self, case):
+        if case in self.missing:
+            return None
+        name = f"^{case}/workers:{self.threads}/real_time$"
+        done = subprocess.run([str(self.program), f"--benchmark_filter={name}", f"--benchmark_min_time={self.seconds}", "--benchmark_format=json"],
+                              capture_output=True, text=True)
+        try:
+            answer = json.loads(done.stdout)
+            self.context, result = answer["context"], answer["benchmarks"][0]
+        except (ValueError, IndexError, KeyError):
+            self.missing.add(case)
+            return None
+        if case.startswith("limit/"):
+            self.labels[case] = result.get("label", "")
+            return result.get("best_GFLOP/s") or result.get("best_GB/s")
+        return 1e6 / result["items_per_second"]
+
+    def describe(self):
+        return f"{self.context.get('compiler', '?')}, {self.context.get('flags', '?')}, kernels {self.context.get('kernels', '?')}"
+
+
+def build_variants(threads, seconds):
+    benches = {}
+    for name, flags in BUILDS.items():
+        folder = ROOT / "build" / f"compare-{name.lower()}"
+        print(f"building {folder} ({flags})", file=sys.stderr)
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+                        f"-DCMAKE_CXX_FLAGS_RELEASE={flags}"], check=True, stdout=sys.stderr)
+        subprocess.run(["cmake", "--build", str(folder), "--target", "lithe_bench"], check=True, stdout=sys.stderr)
+        benches[name] = Bench(folder / "bench" / "lithe_bench", threads, seconds)
+    return benches
+
+
+def text(value, digits=3):
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.{digits}g}"
+
+
+def median(values):
+    values = [v for v in values if v is not None]
+    return statistics.median(values) if values else None
+
+
+def row(case, samples, names, limits):
+    """The line of a case; the first of `names` is ours."""
+    unit, target, flops, row_bytes = CASES[case]
+    ours, peers = names[0], ["PyTorch", "ONNX Runtime"]
+    ratios = []
+    for sample in samples:
+        against = [sample[p] for p in peers if sample[p] is not None]
+        if against and sample[ours] is not None:
+            ratios.append(min(against) / sample[ours])
+    ratio, verdict = median(ratios), ""
+    if ratio is not None:
+        verdict = "PEER WINS" if ratio < 1 else "" if target is None or ratio >= target else "below target"
+    share, mine = "-", median([s[ours] for s in samples])
+    if mine is not None and (flops or row_bytes) and limits["limit/gemm"] and limits["limit/random_rows/cols:1024"]:
+        least = flops / limits["limit/gemm"] * 1e-3 + row_bytes / limits["limit/random_rows/cols:1024"] * 1e-3
+        share = f"{100 * least / mine:.0f} %"
+    columns = [text(median([s[n] for s in samples])) for n in names + peers]
+    return [case, f"us a {unit}", *columns, text(ratio), "-" if target is None else text(target), share, verdict]
+
+
+def print_table(rows):
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    for number, r in enumerate(rows):
+        print("| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--bench", type=pathlib.Path, default=ROOT / "build/release/bench/lithe_bench", help="our program")
+    options.add_argument("--builds", action="store_true", help="also build and time the AVX2 and the Eigen-only kernels")
+    options.add_argument("--cases", default="", help="regular expression: only these")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--seconds", type=float, default=0.5, help="time for a case, side and round")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--cache", type=pathlib.Path, default=ROOT / "build/peers", help="where peers are installed")
+    options = options.parse_args()
+
+    benches = {"Lithe": Bench(options.bench.resolve(), options.threads, options.seconds)}
+    if not options.bench.exists():
+        sys.exit(f"compare: {options.bench} does not exist; build the target lithe_bench first")
+    if options.builds:
+        benches |= build_variants(options.threads, options.seconds)
+    peers = {"PyTorch": torch_peer(options.cache.resolve(), options.threads, options.seconds),
+             "ONNX Runtime": onnx_peer(options.cache.resolve(), options.threads, options.seconds)}
+
+    cases = [c for c in CASES if re.search(options.cases, c)]
+    samples, limits = {c: [] for c in cases}, {c: [] for c in LIMITS}
+    for number in range(options.rounds):
+        for limit in LIMITS:
+            limits[limit].append(benches["Lithe"].measure(limit))
+        for case in cases:
+            print(f"\rround {number + 1}/{options.rounds}: {case:60}", end="", file=sys.stderr, flush=True)
+            samples[case].append({name: side.measure(case) for name, side in {**benches, **peers}.items()})
+            time.sleep(0.05)  # idle peers stop spinning
+    print("\r" + " " * 80 + "\r", end="", file=sys.stderr)
+    for peer in peers.values():
+        peer.close()
+
+    context = benches["Lithe"].context
+    print(f"machine: {context.get('machine', '?')}, {options.threads} threads, float32, {options.rounds} rounds in turn, medians")
+    for name, bench in benches.items():
+        print(f"{name}: {bench.describe()}")
+    for name, peer in peers.items():
+        print(f"{name}: {'none: ' + peer.missing if peer.missing else peer.version}")
+    limits = {c: max((v for v in values if v is not None), default=None) for c, values in limits.items()}
+    for case, value in limits.items():
+        print(f"{case}: {text(value)} {'GFLOP/s' if 'gemm' in case else 'GB/s'} ({benches['Lithe'].labels.get(case, 'not measured')})")
+    print()
+    header = ["case", "unit", *benches, "PyTorch", "ONNX Runtime", "ratio", "target", "of limit", ""]
+    print_table([header] + [row(c, samples[c], list(benches), limits) for c in cases])
+    print("\nratio: better peer / Lithe, above 1 is faster. of limit: multiply-adds at limit/gemm and value rows at limit/random_rows, one after the other.")
+    for name, peer in peers.items():
+        for case, note in peer.notes.items():
+            print(f"{name} has no {case}: {note}")
+
+
+if __name__ == "__main__":
+    main()
