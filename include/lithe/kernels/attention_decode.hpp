@@ -1,0 +1,46 @@
+#pragma once
+
+#include "lithe/kernels/attention_tile.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// A few queries against many cached keys, where reading keys and values once is all that counts: o = softmax(q kᵀ) v.
+///
+/// All rows have W numbers, filled up with zeros to whole packets: q (already scaled) and o [M x W], k and v [N x W] one row after the
+/// other. Query i sees the first visible[i] keys; `visible` does not fall and its last entry is N.
+template <class S>
+void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* visible, matrix_view<S> o, const context& ctx) {
+  using namespace detail::tile;
+  using P = packet<S>;
+  constexpr S infinity = std::numeric_limits<S>::infinity();
+  const index_t M = q.rows(), W = q.cols(), N = visible[M - 1], stride = round_up<S>(N);
+  scratch<S> scores(ctx, M, stride), inverse(ctx, M);
+  for (index_t j = 0; j < N; ++j) {
+    const S* key = k + j * W;
+    for (index_t i = 0; i < M; ++i) {
+      P sum = Eigen::internal::pmul(ploadu<P>(q.row(i)), ploadu<P>(key));
+      for (index_t d = lanes<S>; d < W; d += lanes<S>) sum = pmadd(ploadu<P>(q.row(i) + d), ploadu<P>(key + d), sum);
+      scores.row(i)[j] = Eigen::internal::predux(sum);
+    }
+  }
+  for (index_t i = 0; i < M; ++i) {
+    S* s = scores.row(i);
+    std::fill(s + visible[i], s + stride, -infinity);
+    P most = pset1<P>(-infinity), total = pset1<P>(S(0));
+    for (index_t j = 0; j < stride; j += lanes<S>) most = Eigen::internal::pmax(most, ploadu<P>(s + j));
+    const S maximum = Eigen::internal::predux_max(most);
+    const P shift = pset1<P>(maximum == -infinity ? S(0) : maximum);
+    for (index_t j = 0; j < stride; j += lanes<S>) {
+      const P p = exp_or_zero<S>(Eigen::internal::psub(ploadu<P>(s + j), shift));
+      pstoreu(s + j, p);
+      total = Eigen::internal::padd(total, p);
+    }
+    const S sum = Eigen::internal::predux(total);
+    inverse[i] = sum == 0 ? S(0) : 1 / sum;
+  }
+  product<S>(M, W, N, by_rows<S>{scores.data(), stride}, v, W, o.data(), o.stride());
+  for (index_t i = 0; i < M; ++i)
+    for (index_t d = 0; d < W; ++d) o(i, d) *= inverse[i];
+}
+
+}  // namespace lithe::inline LITHE_ABI

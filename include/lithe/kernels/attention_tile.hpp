@@ -1,0 +1,302 @@
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "lithe/kernels/gemm_kernel.hpp"
+#include "lithe/tensor/scratch.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+// Attention, one head and one tile at a time: M queries against N keys, D features of queries and keys, V features of values.
+// Nothing here knows of layers, heads or sequences.
+
+inline constexpr index_t attention_keys = 192;    ///< keys in one tile, at most
+inline constexpr index_t attention_queries = 48;  ///< queries whose scores are held at once: with the keys' 36 KiB of float scores
+
+// GCC reports the undefined registers inside its own intrinsics wherever they are inlined, and packets for their alignment.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace detail::tile {
+
+template <class S>
+using packet = typename Eigen::internal::packet_traits<S>::type;
+template <class S>
+inline constexpr index_t lanes = Eigen::internal::unpacket_traits<packet<S>>::size;
+template <class S>
+constexpr index_t round_up(index_t n) {
+  return (n + lanes<S> - 1) / lanes<S> * lanes<S>;
+}
+using Eigen::internal::pload;
+using Eigen::internal::ploadu;
+using Eigen::internal::pmadd;
+using Eigen::internal::pset1;
+using Eigen::internal::pstoreu;
+
+// Accumulators fill three quarters of the vector registers; the rest holds a row of b and a broadcast element of a.
+inline constexpr bool many_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
+inline constexpr int widest = many_registers ? 4 : 2;
+template <int V>
+inline constexpr int tallest = std::min(12, (many_registers ? 24 : 12) / V);
+
+/// Left factor stored by rows; the stride of score tiles is a constant, so that the rows of a block need one pointer.
+template <class S, class Stride = index_t>
+struct by_rows {
+  const S* data;
+  Stride stride;
+  [[gnu::always_inline]] S operator()(index_t i, index_t k) const { return data[i * stride + k]; }
+  by_rows from(index_t i, index_t k) const { return {data + i * stride + k, stride}; }
+};
+/// Left factor stored by columns: the transpose of a score tile.
+template <class S, class Stride = index_t>
+struct by_columns {
+  const S* data;
+  Stride stride;
+  [[gnu::always_inline]] S operator()(index_t i, index_t k) const { return data[k * stride + i]; }
+  by_columns from(index_t i, index_t k) const { return {data + k * stride + i, stride}; }
+};
+using score_stride = std::integral_constant<index_t, attention_keys>;
+
+/// c = a b, or with `decay` c = diag(decay) c + a b, for R rows and V packets of columns.
+template <int R, int V, class S, class A>
+void product_block(A a, const S* b, index_t ldb, index_t depth, S* c, index_t ldc, const S* decay) {
+  using P = packet<S>;
+  P sum[R][V];
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[i][v] = pset1<P>(S(0));
+  for (index_t k = 0; k < depth; ++k, b += ldb) {
+    P row[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) row[v] = ploadu<P>(b + v * lanes<S>);
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      const P x = pset1<P>(a(i, k));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[i][v] = pmadd(x, row[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i, c += ldc) {
+    if (decay != nullptr) {
+      const P d = pset1<P>(decay[i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[i][v] = pmadd(d, ploadu<P>(c + v * lanes<S>), sum[i][v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) pstoreu(c + v * lanes<S>, sum[i][v]);
+  }
+}
+
+/// Which part of a product is wanted, because the rest of the scores is hidden. Each array has one entry for each row of the product
+/// and does not fall; a block of rows takes what any of its rows needs.
+struct bounds {
+  const index_t* columns = nullptr;    ///< the first so many columns
+  const index_t* depth_end = nullptr;  ///< sum over k below this
+  const index_t* depth_begin = nullptr;
+};
+
+template <int R, int V, class S, class A>
+void product_rows(index_t i, index_t m, index_t column, index_t depth, A a, const S* b, index_t ldb, S* c, index_t ldc, const S* decay, bounds w) {
+  for (; i + R <= m; i += R) {
+    const index_t first = w.depth_begin != nullptr ? std::min(depth, w.depth_begin[i]) : 0;
+    const index_t last = w.depth_end != nullptr ? w.depth_end[i + R - 1] : depth;
+    if ((w.columns != nullptr && w.columns[i + R - 1] <= column) || (w.depth_end != nullptr && last == 0)) continue;
+    product_block<R, V>(a.from(i, first), b + first * ldb, ldb, last - first, c + i * ldc, ldc, decay != nullptr ? decay + i : nullptr);
+  }
+  if constexpr (R > 1) {
+    constexpr int next = R > 8 ? 8 : R > 4 ? 4 : R > 2 ? 2 : 1;
+    product_rows<next, V>(i, m, column, depth, a, b, ldb, c, ldc, decay, w);
+  }
+}
+
+/// c [m x n] = a [m x depth] b [depth x n], or c = diag(decay) c + a b. n is a multiple of the packet.
+template <class S, class A>
+void product(index_t m, index_t n, index_t depth, A a, const S* b, index_t ldb, S* c, index_t ldc, const S* decay = nullptr, bounds w = {}) {
+  index_t j = 0;
+  const auto panels = [&]<int V>(std::integral_constant<int, V>) {
+    for (; j + V * lanes<S> <= n; j += V * lanes<S>) product_rows<tallest<V>, V>(0, m, j, depth, a, b + j, ldb, c + j, ldc, decay, w);
+  };
+  if constexpr (widest == 4) panels(std::integral_constant<int, 4>{});
+  panels(std::integral_constant<int, 2>{});
+  panels(std::integral_constant<int, 1>{});
+}
+
+/// exp, but exactly 0 below the smallest normal number (Eigen's stops there): what is hidden weighs nothing, and denormal factors
+/// would slow the products down. NaN stays NaN.
+template <class S>
+packet<S> exp_or_zero(packet<S> x) {
+  constexpr S least = S(0.9999 * std::numbers::ln2 * (std::numeric_limits<S>::min_exponent - 1));
+  return Eigen::internal::pandnot(Eigen::internal::pexp(x), Eigen::internal::pcmp_lt(x, pset1<packet<S>>(least)));
+}
+
+/// to [rows x round_up(columns)] = scale * source, filled up with zeros.
+template <class S>
+void pad_rows(matrix_view<const S> source, S* to, S scale = S(1)) {
+  const index_t width = round_up<S>(source.cols());
+  for (index_t i = 0; i < source.rows(); ++i, to += width) {
+    const S* from = source.row(i);
+    for (index_t j = 0; j < source.cols(); ++j) to[j] = scale * from[j];
+    std::fill(to + source.cols(), to + width, S(0));
+  }
+}
+
+/// to [columns x round_up(rows)] = scale * sourceᵀ, filled up with zeros.
+template <class S>
+void pack_scaled_transposed(matrix_view<const S> source, S* to, S scale) {
+  const index_t width = round_up<S>(source.rows());
+  pack_transposed(source.data(), source.stride(), source.rows(), source.cols(), to, width);
+  Eigen::Map<Eigen::Array<S, Eigen::Dynamic, 1>>(to, source.cols() * width) *= scale;
+}
+
+}  // namespace detail::tile
+
+/// What a query may see. Every key; the plainest of the masks that the tiles take. `visible(i)`: query i sees the first so many keys
+/// (it does not fall with i); `adjust(i, first, n, scores)`: change the scores of keys first .. first+n-1 (a bias, -inf to hide);
+/// `collect(i, first, n, gradient)`: what backward found for those scores.
+struct see_all {
+  [[nodiscard]] index_t visible(index_t) const { return std::numeric_limits<index_t>::max(); }
+  template <class S>
+  void adjust(index_t, index_t, index_t, S*) const {}
+  template <class S>
+  void collect(index_t, index_t, index_t, const S*) const {}
+};
+
+/// Keys and values of one tile, as the products want them: scale * kᵀ [D x N], v [N x V].
+template <class S>
+class key_tile {
+ public:
+  key_tile(const context& ctx, index_t key_width, index_t value_width)
+      : keys_(ctx, key_width, attention_keys), values_(ctx, attention_keys, detail::tile::round_up<S>(value_width)) {}
+
+  /// Takes the keys k [N x D] and values v [N x V], N at most attention_keys; both are copied.
+  void load(matrix_view<const S> k, matrix_view<const S> v, S scale) {
+    LITHE_ASSERT(k.rows() <= attention_keys && v.rows() == k.rows());
+    count_ = k.rows();
+    detail::tile::pack_scaled_transposed(k, keys_.data(), scale);
+    detail::tile::pad_rows(v, values_.data());
+  }
+  [[nodiscard]] index_t count() const { return count_; }
+  [[nodiscard]] const S* keys() const { return keys_.data(); }
+  [[nodiscard]] const S* values() const { return values_.data(); }
+
+ private:
+  scratch<S> keys_, values_;
+  index_t count_ = 0;
+};
+
+/// Attention of up to `capacity` queries, fed with tiles of keys one after the other (online softmax, arXiv 1805.02867, algorithm 3;
+/// arXiv 2205.14135, algorithm 1). With s = scale q kᵀ (after the mask), and for each query
+///
+///     m' = max(m, max s),  p = exp(s - m'),  l' = exp(m - m') l + Σ p,  o' = exp(m - m') o + p v;   at the end o / l and m + log l
+///
+/// A query that sees no key gets zeros and a log-sum-exp of -inf.
+template <class S>
+class query_block {
+ public:
+  query_block(const context& ctx, index_t capacity, index_t value_width)
+      : width_(detail::tile::round_up<S>(value_width)), value_width_(value_width), output_(ctx, capacity, width_), maximum_(ctx, capacity),
+        sum_(ctx, capacity), scores_(ctx, attention_queries, attention_keys) {}
+
+  /// Starts anew with the queries q; their rows must stay until finish.
+  void begin(matrix_view<const S> q) {
+    LITHE_ASSERT(q.rows() <= output_.rows());
+    q_ = q;
+    std::fill_n(output_.data(), q.rows() * width_, S(0));
+    std::fill_n(maximum_.data(), q.rows(), -std::numeric_limits<S>::infinity());
+    std::fill_n(sum_.data(), q.rows(), S(0));
+  }
+
+  /// Lets the queries see a tile whose first key is number `first` in the mask's counting.
+  template <class Mask>
+  void add(const key_tile<S>& tile, index_t first, const Mask& mask) {
+    using namespace detail::tile;
+    for (index_t i0 = 0; i0 < q_.rows(); i0 += attention_queries) {
+      const index_t m = std::min(attention_queries, q_.rows() - i0);
+      index_t visible[attention_queries];
+      for (index_t i = 0; i < m; ++i) visible[i] = std::clamp<index_t>(mask.visible(i0 + i) - first, 0, tile.count());
+      if (visible[m - 1] == 0) continue;
+      const index_t n = round_up<S>(tile.count());
+      S decay[attention_queries];
+      product<S>(m, n, q_.cols(), by_rows<S>{q_.row(i0), q_.stride()}, tile.keys(), n, scores_.data(), attention_keys, nullptr,
+                 {.columns = visible});
+      for (index_t i = 0; i < m; ++i) {
+        S* s = scores_.row(i);
+        if (visible[i] != 0) mask.adjust(i0 + i, first, visible[i], s);
+        decay[i] = exponentials(s, visible[i], n, maximum_[i0 + i], sum_[i0 + i]);
+      }
+      product<S>(m, width_, tile.count(), by_rows<S, score_stride>{scores_.data(), {}}, tile.values(), width_, output_.row(i0), width_, decay,
+                 {.depth_end = visible});
+    }
+  }
+
+  /// o = the outputs [M x V], log_sum_exp [M].
+  void finish(matrix_view<S> o, S* log_sum_exp) const {
+    for (index_t i = 0; i < q_.rows(); ++i) {
+      const S inverse = sum_[i] == 0 ? S(0) : 1 / sum_[i];
+      for (index_t j = 0; j < value_width_; ++j) o(i, j) = inverse * output_.row(i)[j];
+      log_sum_exp[i] = maximum_[i] + std::log(sum_[i]);
+    }
+  }
+
+ private:
+  // s becomes exp(s - m') for the first `visible` keys and 0 up to n; updates m and l and returns exp(m - m').
+  static S exponentials(S* s, index_t visible, index_t n, S& maximum, S& sum) {
+    using namespace detail::tile;
+    constexpr S infinity = std::numeric_limits<S>::infinity();
+    const index_t whole = round_up<S>(visible);
+    std::fill(s + visible, s + whole, -infinity);
+    packet<S> most = pset1<packet<S>>(-infinity);
+    for (index_t j = 0; j < whole; j += lanes<S>) most = Eigen::internal::pmax(most, ploadu<packet<S>>(s + j));
+    const S before = maximum;
+    maximum = std::max(before, Eigen::internal::predux_max(most));
+    const S shift = maximum == -infinity ? S(0) : maximum;  // nothing seen yet: exp(-inf - 0) is 0, and a NaN stays one
+    const packet<S> offset = pset1<packet<S>>(shift);
+    packet<S> total = pset1<packet<S>>(S(0));
+    for (index_t j = 0; j < whole; j += lanes<S>) {
+      const packet<S> p = exp_or_zero<S>(Eigen::internal::psub(ploadu<packet<S>>(s + j), offset));
+      pstoreu(s + j, p);
+      total = Eigen::internal::padd(total, p);
+    }
+    std::fill(s + whole, s + std::max(whole, n), S(0));
+    const S decay = before == maximum ? S(1) : std::exp(before - shift);
+    sum = decay * sum + Eigen::internal::predux(total);
+    return decay;
+  }
+
+  index_t width_, value_width_;
+  matrix_view<const S> q_;
+  scratch<S> output_, maximum_, sum_, scores_;
+};
+
+/// Exact attention of one head: o = softmax(scale q kᵀ) v under a mask, q [M x D], k [N x D], v [N x V], o [M x V], and log_sum_exp [M].
+/// Runs on the calling worker; M should be some multiples of `attention_queries` (each tile of keys is packed once a call).
+template <class S, class Mask>
+void attend(matrix_view<const S> q, matrix_view<const S> k, matrix_view<const S> v, S scale, const Mask& mask, matrix_view<S> o, S* log_sum_exp,
+            const context& ctx) {
+  LITHE_ASSERT(q.cols() == k.cols() && k.rows() == v.rows() && o.rows() == q.rows() && o.cols() == v.cols());
+  if (q.rows() == 0) return;
+  key_tile<S> tile(ctx, k.cols(), v.cols());
+  query_block<S> block(ctx, q.rows(), v.cols());
+  block.begin(q);
+  const index_t end = std::min(k.rows(), mask.visible(q.rows() - 1));
+  for (index_t j = 0; j < end; j += attention_keys) {
+    const index_t n = std::min(attention_keys, k.rows() - j);
+    tile.load(k.slice_rows(j, n), v.slice_rows(j, n), scale);
+    block.add(tile, j, mask);
+  }
+  block.finish(o, log_sum_exp);
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+}  // namespace lithe::inline LITHE_ABI
