@@ -1,9 +1,7 @@
-# What Lithe's own tests, benchmarks and examples are compiled with. None of it reaches users: the interface target sets no flags.
-find_package(Threads REQUIRED)
-
+# What Lithe's own tests, benchmarks and examples are compiled with. None of it reaches users: the interface targets set no flags.
 add_library(lithe_developer INTERFACE)
-target_link_libraries(lithe_developer INTERFACE lithe::lithe Threads::Threads)
+target_link_libraries(lithe_developer INTERFACE lithe::lithe)
 target_compile_options(lithe_developer INTERFACE
   -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
-  # GCC 12 reports these inside Eigen's headers once they are inlined
+  # GCC 12 reports these inside Eigen's headers once they are inlined.
   $<$<CXX_COMPILER_ID:GNU>:-Wno-error=array-bounds -Wno-error=maybe-uninitialized>)

@@ -1,0 +1,5 @@
+// expect: lithe: this argument is written to, so it must not be const.
+#include "lithe/tensor/matrix_view.hpp"
+
+void write(lithe::matrix_view<double>);
+void refused(const lithe::matrix<double>& m) { write(m); }

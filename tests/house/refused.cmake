@@ -1,0 +1,20 @@
+# SOURCE must not compile, and the compiler must say the sentence of its first line, `// expect: sentence`. A file that begins with
+# `// accepted` must compile: it shows that the refusals are not refusals of everything.
+include(${SETTINGS})
+file(READ ${SOURCE} text)
+execute_process(COMMAND ${compile} -fsyntax-only ${SOURCE} RESULT_VARIABLE status OUTPUT_VARIABLE said ERROR_VARIABLE said)
+
+if(text MATCHES "^// accepted")
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "must compile, but:\n${said}")
+  endif()
+elseif(text MATCHES "^// expect: ([^\n]+)")
+  string(FIND "${said}" "${CMAKE_MATCH_1}" at)
+  if(status EQUAL 0)
+    message(FATAL_ERROR "compiles, but must be refused with: ${CMAKE_MATCH_1}")
+  elseif(at EQUAL -1)
+    message(FATAL_ERROR "is refused, but not with: ${CMAKE_MATCH_1}\n${said}")
+  endif()
+else()
+  message(FATAL_ERROR "the first line must be `// expect: sentence` or `// accepted`")
+endif()

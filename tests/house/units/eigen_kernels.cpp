@@ -1,0 +1,3 @@
+#include "units.hpp"
+
+unit eigen_kernels() { return describe<float>(); }

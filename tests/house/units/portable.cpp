@@ -1,0 +1,3 @@
+#include "units.hpp"
+
+unit portable() { return describe<float>(); }

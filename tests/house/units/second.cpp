@@ -1,0 +1,3 @@
+#include "units.hpp"
+
+unit second() { return describe<float>(); }
