@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "lithe/training/accumulate.hpp"
 #include "lithe/training/parameter_rows.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -15,10 +16,7 @@ inline constexpr index_t gradient_piece = 16384;  // numbers in one piece of wor
 template <class S>
 double sum_of_squares(const S* g, index_t n, const context& ctx) {
   const scratch<double> pieces(ctx, (n + gradient_piece - 1) / gradient_piece);
-  ctx.exec->run(n, gradient_piece, [&](index_t first, index_t last) {
-    const Eigen::Map<const Eigen::Array<S, Eigen::Dynamic, 1>> part(g + first, last - first);
-    pieces[first / gradient_piece] = part.template cast<double>().square().sum();
-  });
+  ctx.exec->run(n, gradient_piece, [&](index_t first, index_t last) { pieces[first / gradient_piece] = sum_of_squares(g + first, last - first); });
   double sum = 0;
   for (const double piece : pieces.span()) sum += piece;
   return sum;

@@ -183,13 +183,13 @@ gradient_check_report check_gradients(L l, input_of<L> x_given, Memory memory_gi
     });
   };
   const auto check_rows = [&](auto& tensor, auto& table, const row_gradient<double>& gradient) {
-    std::vector<double> row(static_cast<std::size_t>(table.cols()));
+    std::vector<double> buffer(static_cast<std::size_t>(table.cols()));
+    const auto in_place = rows_in_place<double>(table);
     const auto check = [&](index_t i, index_t j) {
-      read_row<double>(table, i, row);
-      double& number = row[static_cast<std::size_t>(j)];
+      double number = 0;
+      change_row<double>(table, in_place, i, buffer, [&](const double* row) { number = row[j]; });
       const double numeric = difference(number, [&](double v) {
-        number = v;
-        write_row<double>(table, i, row);
+        change_row<double>(table, in_place, i, buffer, [&](double* row) { row[j] = v; });
         refresh(l);
       });
       tensor.compare(i, j, gradient(i, j) / 2, numeric, o.floor);
@@ -206,8 +206,8 @@ gradient_check_report check_gradients(L l, input_of<L> x_given, Memory memory_gi
   if constexpr (conditioned) check_matrix(start("memory"), memory.view(), memory.gradient(), 2);
   for_each_parameter(
       [&](const std::string& name, auto& p, auto& q) {
-        if constexpr (row_sparse<decltype(q)>)
-          check_rows(start(name), p, touched(q));
+        if constexpr (sparse_gradient<decltype(q)>)
+          check_rows(start(name), p, rows_of(q));
         else
           check_matrix(start(name), p, q, 2);
       },

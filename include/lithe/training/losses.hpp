@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "lithe/layers/layer.hpp"
+#include "lithe/training/accumulate.hpp"
 
 // T tokens, V classes, D features
 namespace lithe::inline LITHE_ABI {
@@ -52,7 +53,7 @@ double cross_entropy_row(const S* x, index_t classes, token_t target, double smo
   for (index_t first = 0; first < classes; first += loss_block) {
     const index_t n = std::min(loss_block, classes - first);
     const const_map block(x + first, n);
-    if (smoothing != 0) shifted_sum += (block - largest).template cast<double>().sum();  // else a logit of -inf is fine
+    if (smoothing != 0) shifted_sum += accumulate(n, [&](index_t i) { return block[i] - largest; });  // else a logit of -inf is fine
     // Always summed from an aligned buffer: Eigen's sums begin at an aligned number, so their bits would depend on the address of x.
     Eigen::Map<array, Eigen::Aligned64> e(buffer, n);
     e = (block - largest).exp();
@@ -189,9 +190,13 @@ loss_result mean_square(matrix_view<const S> prediction, matrix_view<const S> ta
   const index_t grain = std::max<index_t>(1, 32768 / std::max<index_t>(1, prediction.cols()));
   ctx.exec->run(prediction.rows(), grain, [&](index_t first, index_t last) {
     for (index_t t = first; t < last; ++t) {
-      const auto difference = prediction.map().row(t) - target.map().row(t);
-      losses[t] = difference.template cast<double>().squaredNorm();
-      if (dprediction.data() != nullptr) dprediction.map().row(t) = static_cast<S>(2 * scale) * difference;
+      const S* p = prediction.row(t);
+      const S* y = target.row(t);
+      losses[t] = detail::accumulate(prediction.cols(), [&](index_t j) {
+        const double difference = static_cast<double>(p[j]) - static_cast<double>(y[j]);
+        return difference * difference;
+      });
+      if (dprediction.data() != nullptr) dprediction.map().row(t) = static_cast<S>(2 * scale) * (prediction.map().row(t) - target.map().row(t));
     }
   });
   return {detail::ordered_sum(losses.span()) * scale, prediction.size()};

@@ -156,9 +156,9 @@ class optimiser {
   template <class P, class Q>
   static void check_shape(const std::string& name, const P& p, const Q& q) {
     index_t rows = 0, cols = 0;
-    if constexpr (detail::row_sparse<const Q>) {
-      rows = detail::touched(q).total_rows;
-      cols = detail::touched(q).cols;
+    if constexpr (sparse_gradient<const Q>) {
+      rows = rows_of(q).total_rows;
+      cols = rows_of(q).cols;
     } else {
       rows = q.rows();
       cols = q.cols();
@@ -168,7 +168,7 @@ class optimiser {
   }
   template <class Q>
   settings settings_of(const std::string& name) {
-    settings s{1, {}, config.weight_decay, detail::row_sparse<std::remove_reference_t<Q>> ? config.sparse : config.dense, false};
+    settings s{1, {}, config.weight_decay, sparse_gradient<Q> ? config.sparse : config.dense, false};
     for (std::size_t i = 0; i < config.groups.size(); ++i) {
       const parameter_group& g = config.groups[i];
       if (!detail::matches(g.pattern, name)) continue;
@@ -191,8 +191,8 @@ class optimiser {
 
   template <class P, class Q>
   void update(P& p, const Q& q, const settings& s, const moments& state, double rate, const context& ctx) const {
-    if constexpr (detail::row_sparse<const Q>) {
-      const auto& g = detail::touched(q);
+    if constexpr (sparse_gradient<const Q>) {
+      const auto& g = rows_of(q);
       if (s.rule == update_rule::adam)
         with_rule(s.rule, rate, s.weight_decay, [&](const auto& rule) { update_all_rows(p, g, rule, state, ctx); });
       else
@@ -216,34 +216,32 @@ class optimiser {
 
   static index_t rows_in_piece(index_t cols) { return std::max<index_t>(1, 16 * detail::update_block / cols); }
 
-  /// One row of a matrix in place, of a table by way of `buffer`.
-  template <class P, class Rule>
-  static void update_row(P& p, index_t i, const S* g, const Rule& rule, const moments& state, std::span<S> buffer) {
-    if constexpr (detail::eigen_type<P>) {
-      rule(p.data() + i * p.cols(), g, state.first.row(i), state.second.row(i), p.cols());
-    } else {
-      detail::read_row<S>(p, i, buffer);
-      rule(buffer.data(), g, state.first.row(i), state.second.row(i), p.cols());
-      detail::write_row<S>(p, i, buffer);
-    }
-  }
   template <class P, class Rule>
   static void update_touched_rows(P& p, const row_gradient<S>& g, const Rule& rule, const moments& state, const context& ctx) {
+    const auto in_place = detail::rows_in_place<S>(p);
     ctx.exec->run(g.count(), rows_in_piece(p.cols()), [&](index_t first, index_t last) {
       const scratch<S> buffer(ctx, p.cols());
-      for (index_t i = first; i < last; ++i) update_row(p, g.rows[static_cast<std::size_t>(i)], g.values().row(i), rule, state, buffer.span());
+      for (index_t i = first; i < last; ++i) {
+        const index_t row = g.rows[static_cast<std::size_t>(i)];
+        detail::change_row<S>(p, in_place, row, buffer.span(),
+                              [&](S* to) { rule(to, g.values().row(i), state.first.row(row), state.second.row(row), p.cols()); });
+      }
     });
   }
   template <class P, class Rule>
   static void update_all_rows(P& p, const row_gradient<S>& g, const Rule& rule, const moments& state, const context& ctx) {
-    if constexpr (std::is_same_v<Rule, detail::adam_update<S>>)  // the one rule that moves rows without a gradient
+    if constexpr (std::is_same_v<Rule, detail::adam_update<S>>) {  // the one rule that moves rows without a gradient
+      const auto in_place = detail::rows_in_place<S>(p);
       ctx.exec->run(p.rows(), rows_in_piece(p.cols()), [&](index_t first, index_t last) {
         const scratch<S> buffer(ctx, p.cols());
-        for (index_t i = first; i < last; ++i) {
-          const index_t at = g.find(static_cast<slot_t>(i));
-          update_row(p, i, at < 0 ? nullptr : g.values().row(at), rule, state, buffer.span());
+        for (index_t row = first; row < last; ++row) {
+          const index_t at = g.find(static_cast<slot_t>(row));
+          detail::change_row<S>(p, in_place, row, buffer.span(), [&](S* to) {
+            rule(to, at < 0 ? nullptr : g.values().row(at), state.first.row(row), state.second.row(row), p.cols());
+          });
         }
       });
+    }
   }
 
   std::int64_t steps_ = 0;

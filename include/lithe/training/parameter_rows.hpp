@@ -20,42 +20,38 @@ struct number_of<P> {
 template <class P>
 concept real_tensor = std::floating_point<typename number_of<std::remove_cvref_t<P>>::type>;
 
-template <class Q>
-concept row_sparse = requires(Q& q) {
-  q.storage;
-}
-|| requires(Q& q) { rows_of(q); };
-
-/// The row_gradient that q is, or that its handle leads to.
-template <row_sparse Q>
-[[nodiscard]] auto& touched(Q& q) {
-  if constexpr (requires { q.storage; })
-    return q;
-  else
-    return rows_of(q);
-}
-
-/// Reads and writes whole rows, of a matrix in place and of a table through its `read_row` and `write_row`.
+/// The numbers of a parameter where they are: of a matrix, of a table in memory, also behind a handle. Empty for a table that has its
+/// rows elsewhere or in another format.
 template <class S, class P>
-void read_row(const P& p, index_t row, std::span<S> out) {
+[[nodiscard]] matrix_view<S> rows_in_place(P& p) {
   if constexpr (eigen_type<P>)
-    std::copy_n(p.data() + row * p.cols(), p.cols(), out.data());
+    return p;
+  else if constexpr (requires {
+                       { p.view() } -> std::same_as<matrix_view<S>>;
+                     })
+    return p.view();
+  else if constexpr (requires { p.table(); })
+    return rows_in_place<S>(p.table());
   else
-    p.read_row(row, out);
+    return {};
 }
-template <class S, class P>
-void write_row(P& p, index_t row, std::span<const S> in) {
-  if constexpr (eigen_type<P>)
-    std::copy_n(in.data(), p.cols(), p.data() + row * p.cols());
-  else
-    p.write_row(row, in);
+
+/// f(row) on the numbers of one row: in place, or read into `buffer` and written back.
+template <class S, class P, class F>
+void change_row(P& p, matrix_view<S> in_place, index_t i, std::span<S> buffer, F&& f) {
+  if (in_place.data() != nullptr) return f(in_place.row(i));
+  if constexpr (!eigen_type<P>) {
+    p.read_row(i, buffer);
+    f(buffer.data());
+    p.write_row(i, buffer);
+  }
 }
 
 /// All numbers of a gradient that may differ from zero, as one matrix.
 template <class Q>
 [[nodiscard]] auto numbers_of(Q& q) {
-  if constexpr (row_sparse<Q>)
-    return touched(q).values();
+  if constexpr (sparse_gradient<Q>)
+    return rows_of(q).values();
   else
     return view(q);
 }

@@ -3,28 +3,38 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "lithe/training/accumulate.hpp"
 #include "lithe/training/parameter_rows.hpp"
 
 // The arithmetic of the optimisers, on runs of numbers: p parameters, g gradients, m and v first and second moments.
 namespace lithe::inline LITHE_ABI::detail {
 
-/// A matrix that starts at zero without being written: the system gives the memory of a large one page by page when it is first
-/// touched, so moments of a value table cost what its used rows need.
+/// A matrix that starts at zero without being written: the system gives the memory of a large one when it is first touched, in huge
+/// pages if it has them, so that moments of a value table cost what its used rows need and a random row costs no page walk.
 template <class S>
 class zeroed_matrix {
  public:
   zeroed_matrix() = default;
   zeroed_matrix(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
-    constexpr std::size_t alignment = 64;
-    memory_.reset(static_cast<std::byte*>(std::calloc(static_cast<std::size_t>(rows * cols) * sizeof(S) + alignment, 1)));
+    const std::size_t bytes = static_cast<std::size_t>(rows * cols) * sizeof(S), alignment = bytes >= 2 * huge_page ? huge_page : 64;
+    memory_.reset(static_cast<std::byte*>(std::calloc(bytes + alignment, 1)));
     if (memory_ == nullptr) throw std::bad_alloc();
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<S*>(memory_.get() + (alignment - address % alignment));
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(memory_.get()) % alignment;
+    data_ = reinterpret_cast<S*>(memory_.get() + (alignment - past));
+#if defined(__linux__)
+    if (alignment == huge_page) madvise(data_, bytes / huge_page * huge_page, MADV_HUGEPAGE);  // a wish
+#endif
   }
   [[nodiscard]] matrix_view<S> view() const { return {data_, rows_, cols_}; }
   [[nodiscard]] S* row(index_t i) const { return data_ == nullptr ? nullptr : data_ + i * cols_; }
 
  private:
+  static constexpr std::size_t huge_page = std::size_t{2} << 20;
+
   struct free_memory {
     void operator()(std::byte* p) const { std::free(p); }
   };
@@ -95,7 +105,7 @@ struct rowwise_adagrad_update {
 
   rowwise_adagrad_update(double learning_rate, double eps) : rate(static_cast<S>(learning_rate)), epsilon(static_cast<S>(eps)) {}
   void operator()(S* p, const S* g, S*, S* v, index_t n) const {
-    v[0] += static_cast<S>(run_of(g, n).template cast<double>().square().mean());
+    v[0] += static_cast<S>(sum_of_squares(g, n) / static_cast<double>(n));
     const S step = rate / (std::sqrt(v[0]) + epsilon);
     run_of(p, n) -= step * run_of(g, n);
   }
