@@ -77,7 +77,7 @@ class state_writer {
       using N = std::conditional_t<std::is_integral_v<T>, std::int64_t, double>;
       file_.add_rows<N>(name, 1, 1, [value = static_cast<N>(t)](index_t, std::span<N> out) { out[0] = value; });
     } else if constexpr (detail::visits_state<T>) {
-      detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { add(part, x); });
+      detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { this->add(part, x); });
     } else if constexpr (matrix_like<T>) {
       const auto v = view(t);
       file_.add<typename decltype(v)::scalar>(name, v);
@@ -143,7 +143,7 @@ class state_reader {
                         detail::quoted(name), ": expected a number that fits into ", sizeof(T), " bytes, found ", value);
       writes_.emplace_back([&t, value] { t = static_cast<T>(value); });
     } else if constexpr (detail::visits_state<T>) {
-      detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { add(part, x); });
+      detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { this->add(part, x); });
     } else if constexpr (matrix_like<T>) {
       const auto v = view(t);
       expect<typename decltype(v)::scalar>(name, v.rows(), v.cols());
