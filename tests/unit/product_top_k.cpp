@@ -15,7 +15,7 @@ constexpr double inf = std::numeric_limits<double>::infinity();
 
 template <class S>
 struct product_top_k_test : testing::Test {
-  /// Checks against a stable sort of all k² sums. Returns whether the portable threshold plan took the row on.
+  /// Checks against a stable sort of all k² sums. Returns whether the portable plan of a fixed size took it on.
   static bool check(const std::vector<S>& a, const std::vector<S>& b, index_t final_k) {
     const auto k = static_cast<index_t>(a.size());
     std::vector<std::pair<S, std::int32_t>> all;
@@ -31,19 +31,31 @@ struct product_top_k_test : testing::Test {
       want_sums.push_back(all[j].first);
       want_pairs.push_back(all[j].second);
     }
+    const auto expect = [&](const char* which) {
+      EXPECT_EQ(sums, want_sums) << which << ", k " << k << " final " << final_k;
+      EXPECT_EQ(pairs, want_pairs) << which << ", k " << k << " final " << final_k;
+      sums.assign(sums.size(), S(7));
+      pairs.assign(pairs.size(), -7);
+    };
     product_top_k_row<S>(a.data(), b.data(), k, final_k, sums.data(), pairs.data(), {});
-    EXPECT_EQ(sums, want_sums) << "k " << k << " final " << final_k;
-    EXPECT_EQ(pairs, want_pairs) << "k " << k << " final " << final_k;
-    sums.assign(sums.size(), S(7));
-    const bool fast = detail::product_top_k_row_portable(a.data(), b.data(), k, final_k, sums.data(), pairs.data());
-    if (fast) {
-      EXPECT_EQ(sums, want_sums) << "portable, k " << k << " final " << final_k;
-      EXPECT_EQ(pairs, want_pairs) << "portable, k " << k << " final " << final_k;
+    expect("chosen");
+    detail::product_top_k_row_any<S>(a.data(), b.data(), k, final_k, sums.data(), pairs.data(), {});
+    expect("any");
+    const index_t size = std::max(k, final_k);
+    const auto portable = [&]<int K>(std::integral_constant<int, K>) {
+      const bool took = size <= K && detail::product_top_k_row_portable<K>(a.data(), b.data(), k, final_k, sums.data(), pairs.data());
+      if (took) expect("portable");
+      return took;
+    };
+    portable(std::integral_constant<int, 16>());
+    portable(std::integral_constant<int, 32>());
+#if defined(LITHE_AVX512)
+    if constexpr (std::is_same_v<S, float>) {
+      if (size <= 16 && detail::product_top_k_row_avx512<16>(a.data(), b.data(), k, final_k, sums.data(), pairs.data())) expect("AVX-512 16");
+      if (size <= 32 && detail::product_top_k_row_avx512<32>(a.data(), b.data(), k, final_k, sums.data(), pairs.data())) expect("AVX-512 32");
     }
-    detail::product_top_k_row_sorted<S>(a.data(), b.data(), k, final_k, sums.data(), pairs.data(), {});
-    EXPECT_EQ(sums, want_sums) << "sorted, k " << k << " final " << final_k;
-    EXPECT_EQ(pairs, want_pairs) << "sorted, k " << k << " final " << final_k;
-    return fast;
+#endif
+    return portable(std::integral_constant<int, 64>());
   }
   static std::vector<S> descending(index_t k, std::uint64_t seed, double step = 0) {
     std::vector<S> s(static_cast<std::size_t>(k));
