@@ -97,8 +97,8 @@ class key_gradient_tile {
       pstoreu(s + j, p);
       pstoreu(g + j, Eigen::internal::pmul(p, Eigen::internal::psub(ploadu<packet<S>>(g + j), off)));
     }
-    std::fill(s + whole, s + std::max(whole, n), S(0));
-    std::fill(g + whole, g + std::max(whole, n), S(0));
+    std::fill(s + whole, s + n, S(0));
+    std::fill(g + whole, g + n, S(0));
   }
 
   index_t D_, V_, key_stride_, value_stride_, count_ = 0;

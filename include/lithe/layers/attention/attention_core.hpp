@@ -50,7 +50,7 @@ struct attention_mask {
 /// All heads and sequences of an exact attention. q and o are [T x H D], k and v [S x (key_value_heads) D], head by head.
 template <class S>
 struct attention_heads {
-  static constexpr index_t block = 4 * attention_queries;  // queries that share the packing of a tile of keys
+  static constexpr index_t block = 8 * attention_queries;  // queries that share the packing of a tile of keys
 
   index_t heads, key_value_heads, width;
   S scale;
