@@ -3,6 +3,7 @@
 #include "lithe/compose/sequential.hpp"
 #include "lithe/compose/stack.hpp"
 #include "lithe/layers/attention/attention.hpp"
+#include "lithe/layers/attention/cross_attention.hpp"
 #include "lithe/layers/embedding.hpp"
 #include "lithe/layers/feed_forward.hpp"
 #include "lithe/layers/memory/product_key_memory.hpp"

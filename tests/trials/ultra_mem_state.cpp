@@ -2,6 +2,7 @@
 #include "lithe/compose/sequential.hpp"
 #include "lithe/compose/stack.hpp"
 #include "lithe/layers/norms.hpp"
+#include "lithe/training/optimiser.hpp"
 #include "trial.hpp"
 #include "tucker_memory.hpp"
 
@@ -21,13 +22,6 @@ model make_model() {
   return m;
 }
 memory& memory_of(model& m, std::size_t block) { return std::get<1>(m.blocks[block].inner.layers); }
-
-/// What an optimiser does with a model: plain gradient descent on <dy, y>.
-template <class L>
-void step(L& l, const gradient_of<L>& g, double rate) {
-  detail::for_each_parameter([&](const std::string&, auto& p, const auto& q) { p -= rate * q; }, l, g);
-  after_step(l, g);
-}
 
 template <class L>
 std::vector<std::pair<std::string, matrix<double>>> save(const L& l) {
@@ -53,13 +47,14 @@ TEST(ultra_mem_state, follows_the_core_between_steps_with_a_continuous_sign) {
   matrix<double> y(9, features), dx = y;
   auto g = make_gradient(m);
   const auto first = memory_of(m, 0);
+  optimiser<double> sgd({.dense = update_rule::sgd});
   for (int i = 0; i < 20; ++i) {
     record_of<model> r;
     m.forward(x, y, r, {});
     set_zero(m, g);
     m.backward(x, r, y, dx, g, {});
     const auto u_before = memory_of(m, 0).u, t_before = memory_of(m, 0).t;
-    step(m, g, 1e-4);
+    sgd.step(m, g, 1e-4);  // leaves u and t alone, then calls after_step
     const auto& now = memory_of(m, 0);
     EXPECT_GT(now.u.row(0).dot(u_before.row(0)), 0.9);
     EXPECT_GT(now.t.row(0).dot(t_before.row(0)), 0.9);
