@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lithe/kernels/gemm_kernel.hpp"
+#include "lithe/kernels/matrix_vector.hpp"
 #include "lithe/tensor/scratch.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -31,7 +31,12 @@ struct product {
   bool add;
 };
 
-inline constexpr index_t gemm_depth = 512;  // of one pass: a panel of 64 columns then fills an eighth of a 1 MiB cache
+inline constexpr index_t few_rows = 8;         // of c: from here on a transposed b is worth packing
+inline constexpr index_t shallow_rows = 16;    // of c: up to here rows of b are read in place, few at a time
+inline constexpr index_t shallow_depth = 16;   // that many
+inline constexpr index_t panel_depth = 1024;   // of one pass: a panel of 64 columns then fills a quarter of a 1 MiB cache
+inline constexpr index_t block_depth = 512;    // of one pass when all panels of a piece are packed at once
+inline constexpr index_t cached_size = 16384;  // numbers that stay in the nearest caches however they are strided
 
 template <class S>
 constexpr index_t round_up(index_t n) {
@@ -42,23 +47,31 @@ constexpr index_t round_up(index_t n) {
 template <class S>
 void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx) {
   using shape = tile_shape<S>;
-  const index_t longest = std::min(p.depth, gemm_depth);
-  const bool in_place = p.b_storage == storage::rows && rows <= 16;
-  const scratch<S> panel(ctx, p.b_storage == storage::panels ? 0 : longest * shape::width);
-  const bool pack_a = p.a_row == 1 && p.a_k != 1 && cols > shape::width;
-  const index_t a_padded = round_up<S>(rows) + shape::lanes;
-  const scratch<S> a_copy(ctx, pack_a ? longest * a_padded : 0);
+  if (p.b_storage == storage::transposed && p.rows < few_rows)
+    return dot_rows(rows, cols, p.depth, p.a + first_row * p.a_row, p.a_row, p.b + first_col * p.b_stride, p.b_stride,
+                    p.c + first_row * p.c_stride + first_col, p.c_stride, p.add);
+  const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
+  const bool in_place = shallow || (by_rows && p.depth * p.b_stride <= cached_size);
+  const index_t longest = std::clamp<index_t>(p.depth, 1, shallow ? shallow_depth : by_rows ? block_depth : panel_depth);
+  const index_t packed_cols = p.b_storage == storage::panels ? 0 : !by_rows || in_place ? shape::width : round_up<S>(cols);
+  const scratch<S> panel(ctx, longest * packed_cols);
+  const bool pack_a = p.a_k != 1 && rows * longest > cached_size / 2;
+  const index_t a_padded = round_up<S>(longest) + shape::lanes;
+  const scratch<S> a_copy(ctx, pack_a ? rows * a_padded : 0);
   S edge[shape::rows * shape::width];
-  for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += gemm_depth) {
-    const index_t depth = std::min(p.depth - k0, gemm_depth);
+  for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += longest) {
+    const index_t depth = std::min(p.depth - k0, longest);
     const bool add = p.add || k0 != 0;
     const S* a = p.a + first_row * p.a_row + k0 * p.a_k;
     index_t a_row = p.a_row, a_k = p.a_k;
     if (pack_a) {
-      pack_rows(a, a_k, rows, depth, a_copy.data(), a_padded);
+      pack_transposed(a, a_k, depth, rows, a_copy.data(), a_padded);
       a = a_copy.data();
-      a_k = a_padded;
+      a_row = a_padded;
+      a_k = 1;
     }
+    // Whole stretches of the rows of b, because memory is read best that way.
+    if (by_rows && !in_place) pack_rows(p.b + k0 * p.b_stride + first_col, p.b_stride, cols, depth, panel.data());
     for (index_t j = first_col; j < first_col + cols; j += shape::width) {
       const index_t n = std::min(p.cols - j, shape::width), width = round_up<S>(n);
       const S* b = panel.data();
@@ -70,8 +83,10 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
       } else if (in_place && n == width) {
         b = p.b + k0 * p.b_stride + j;
         b_k = p.b_stride;
+      } else if (in_place) {
+        pack_rows(p.b + k0 * p.b_stride + j, p.b_stride, n, depth, panel.data());
       } else {
-        pack_rows(p.b + k0 * p.b_stride + j, p.b_stride, n, depth, panel.data(), width);
+        b += (j - first_col) * depth;
       }
       const int vectors = static_cast<int>(width / shape::lanes);
       S* c = p.c + first_row * p.c_stride + j;
@@ -95,14 +110,17 @@ void multiply(const product<S>& p, const context& ctx) {
   using shape = tile_shape<S>;
   if (p.rows <= 0 || p.cols <= 0) return;
   constexpr index_t least = index_t{1} << 19;  // multiply-adds worth a piece of its own: some 20 microseconds
-  index_t rows = std::min<index_t>(p.rows, 504), panels = std::min<index_t>((p.cols + shape::width - 1) / shape::width, 4);
   const auto count = [](index_t n, index_t piece) { return (n + piece - 1) / piece; };
+  const auto row_blocks = [&](index_t n) { return count(count(p.rows, n), shape::rows) * shape::rows; };  // n blocks as equal as tiles allow
+  index_t down = count(p.rows, 512), rows = row_blocks(down), panels = std::min<index_t>(count(p.cols, shape::width), 4);
   const auto pieces = [&] { return count(p.rows, rows) * count(p.cols, panels * shape::width); };
-  while (pieces() < 16 && rows * panels * shape::width * p.depth >= 2 * least) {
-    if (panels > 1 && (p.b_storage != storage::panels || rows < 2 * panels * shape::width))
-      panels = (panels + 1) / 2;
-    else if (rows >= 2 * 8 * shape::rows)
-      rows = count(count(rows, 2), shape::rows) * shape::rows;
+  const index_t enough = p.b_storage == storage::panels ? 16 : 8;
+  // A block of rows packs its columns of b again and (for tn) a block of columns its rows of a, so the longer side is cut.
+  while (pieces() < enough && rows * panels * shape::width * p.depth >= 2 * least) {
+    if (panels > 1 && (panels * shape::width >= rows || (p.b_storage == storage::transposed && rows <= 512)))
+      panels = count(panels, 2);
+    else if (rows >= 8 * shape::rows)
+      rows = row_blocks(down *= 2);
     else
       break;
   }

@@ -18,6 +18,8 @@ namespace lithe::inline LITHE_ABI::detail {
 template <class S>
 struct tile_shape {
   using packet = typename Eigen::internal::packet_traits<S>::type;
+  // At most 256 bits: Eigen transposes and folds 512 with intrinsics that GCC 12 takes for uninitialised and warns about.
+  using short_packet = std::conditional_t<(sizeof(packet) > 32), typename Eigen::internal::unpacket_traits<packet>::half, packet>;
   static constexpr index_t lanes = Eigen::internal::unpacket_traits<packet>::size;
   static constexpr int vectors = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 4 : 2;
   static constexpr int rows = 6;
@@ -31,7 +33,10 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
+  constexpr index_t line = std::max<index_t>(1, 64 / static_cast<index_t>(sizeof(packet)));  // in packets
   packet sum[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; v += line) __builtin_prefetch(c + i * c_row + v * lanes, 1);
   // Without the pragmas GCC leaves the accumulators in memory below -O3.
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -91,17 +96,15 @@ void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_
 template <class S>
 void pack_transposed(const S* w, index_t stride, index_t cols, index_t depth, S* panel, index_t width) {
   using namespace Eigen::internal;
-  // Blocks of 256 bits: Eigen transposes those of 512 with intrinsics that GCC 12 takes for uninitialised and warns about.
-  using packet = typename tile_shape<S>::packet;
-  using square = std::conditional_t<(sizeof(packet) > 32), typename unpacket_traits<packet>::half, packet>;
-  constexpr index_t lanes = unpacket_traits<square>::size;
+  using packet = typename tile_shape<S>::short_packet;
+  constexpr index_t lanes = unpacket_traits<packet>::size;
   for (index_t j = 0; j < width; j += lanes, w += lanes * stride, panel += lanes) {
     const index_t n = std::clamp<index_t>(cols - j, 0, lanes);
     index_t k = 0;
     for (; n == lanes && k + lanes <= depth; k += lanes) {
-      PacketBlock<square, static_cast<int>(lanes)> block;
+      PacketBlock<packet, static_cast<int>(lanes)> block;
 #pragma GCC unroll 8
-      for (int i = 0; i < lanes; ++i) block.packet[i] = ploadu<square>(w + i * stride + k);
+      for (int i = 0; i < lanes; ++i) block.packet[i] = ploadu<packet>(w + i * stride + k);
       ptranspose(block);
 #pragma GCC unroll 8
       for (int i = 0; i < lanes; ++i) pstoreu(panel + (k + i) * width, block.packet[i]);
@@ -111,10 +114,23 @@ void pack_transposed(const S* w, index_t stride, index_t cols, index_t depth, S*
   }
 }
 
-/// panel[k * width + j] = b[k * stride + j] for j < cols, zero for the columns up to `width`.
+/// The rows b(k, :) at b + k * stride as panels of tile_shape<S>::width columns, one after the other, each [depth x its width]; the
+/// last is as wide as whole packets need, zero past `cols`.
 template <class S>
-void pack_rows(const S* b, index_t stride, index_t cols, index_t depth, S* panel, index_t width) {
-  for (index_t k = 0; k < depth; ++k, b += stride, panel += width) std::fill(std::copy_n(b, cols, panel), panel + width, S(0));
+void pack_rows(const S* b, index_t stride, index_t cols, index_t depth, S* panels) {
+  using namespace Eigen::internal;
+  using packet = typename tile_shape<S>::packet;
+  constexpr index_t lanes = tile_shape<S>::lanes, full = tile_shape<S>::width, line = 64 / sizeof(S), ahead = 8;
+  for (index_t k = 0; k < depth; ++k, b += stride) {
+    for (index_t j = 0; j < cols && k + ahead < depth; j += line) __builtin_prefetch(b + ahead * stride + j);  // no hardware follows such strides
+    for (index_t j = 0; j < cols; j += full) {
+      const index_t n = std::min(cols - j, full), width = (n + lanes - 1) / lanes * lanes;
+      S* to = panels + j * depth + k * width;
+      index_t i = 0;
+      for (; i + lanes <= n; i += lanes) pstoreu(to + i, ploadu<packet>(b + j + i));
+      if (i < width) std::fill(std::copy(b + j + i, b + j + n, to + i), to + width, S(0));
+    }
+  }
 }
 
 }  // namespace lithe::inline LITHE_ABI::detail
