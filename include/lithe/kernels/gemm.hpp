@@ -140,24 +140,27 @@ void multiply(const product<S>& p, const context& ctx) {
 template <class S>
 void gemm_nt(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == b.cols() && c.rows() == a.rows() && c.cols() == b.rows());
-  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::transposed, c.data(),
-                       c.stride(), mode == update::add}, ctx);
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::transposed, c.data(), c.stride(),
+                       mode == update::add},
+                      ctx);
 }
 
 /// c = a b or c += a b; a [m x k], b [k x n], c [m x n].
 template <class S>
 void gemm_nn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == b.rows() && c.rows() == a.rows() && c.cols() == b.cols());
-  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
-                       mode == update::add}, ctx);
+  detail::multiply<S>(
+      {c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(), mode == update::add},
+      ctx);
 }
 
 /// c = aᵀ b or c += aᵀ b; a [k x m], b [k x n], c [m x n].
 template <class S>
 void gemm_tn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.rows() == b.rows() && c.rows() == a.cols() && c.cols() == b.cols());
-  detail::multiply<S>({c.rows(), c.cols(), a.rows(), a.data(), 1, a.stride(), b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
-                       mode == update::add}, ctx);
+  detail::multiply<S>(
+      {c.rows(), c.cols(), a.rows(), a.data(), 1, a.stride(), b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(), mode == update::add},
+      ctx);
 }
 
 /// A weight [n x k] stored so that products x wᵀ need no packing: panels of tile_shape<S>::width rows of w, each transposed, the
@@ -189,8 +192,8 @@ class packed_matrix {
 template <class S>
 void gemm_packed(matrix_view<const S> a, const packed_matrix<S>& w, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == w.cols() && c.rows() == a.rows() && c.cols() == w.rows());
-  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data(), 0, detail::storage::panels, c.data(), c.stride(),
-                       mode == update::add}, ctx);
+  detail::multiply<S>(
+      {c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data(), 0, detail::storage::panels, c.data(), c.stride(), mode == update::add}, ctx);
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -37,7 +37,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   packet sum[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; v += line) __builtin_prefetch(c + i * c_row + v * lanes, 1);
-  // Without the pragmas GCC leaves the accumulators in memory below -O3.
+      // Without the pragmas GCC leaves the accumulators in memory below -O3.
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
@@ -68,12 +68,18 @@ void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index
   a += i * a_row;
   c += i * c_row;
   switch (rows - i) {
-    case 1: return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
-    case 2: return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
-    case 3: return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
-    case 4: return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
-    case 5: return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
-    default: return;
+    case 1:
+      return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 2:
+      return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 3:
+      return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 4:
+      return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 5:
+      return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    default:
+      return;
   }
 }
 
@@ -82,8 +88,10 @@ template <class S>
 void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
                     bool add) {
   switch (vectors) {
-    case 1: return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
-    case 2: return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 1:
+      return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+    case 2:
+      return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
     case 3:
       if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 3>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
       break;

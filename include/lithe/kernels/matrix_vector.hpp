@@ -64,8 +64,7 @@ void dot_rows(index_t rows, index_t cols, index_t depth, const S* a, index_t a_r
   for (; cols >= wide; cols -= wide, w += wide * w_row, c += wide) {
     index_t i = 0;
     for (; i + tall <= rows; i += tall)
-      for (int j = 0; j < wide; j += half)
-        dot_tile<S, tall, half>(depth, a + i * a_row, a_row, w + j * w_row, w_row, c + i * c_row + j, c_row, add);
+      for (int j = 0; j < wide; j += half) dot_tile<S, tall, half>(depth, a + i * a_row, a_row, w + j * w_row, w_row, c + i * c_row + j, c_row, add);
     for (; i < rows; ++i) dot_tile<S, 1, wide>(depth, a + i * a_row, a_row, w, w_row, c + i * c_row, c_row, add);
   }
   for (; cols > 0; --cols, w += w_row, ++c)
