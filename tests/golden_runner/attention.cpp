@@ -1,6 +1,7 @@
 #include "lithe/layers/attention/attention.hpp"
 
 #include "golden_runner/golden_case.hpp"
+#include "lithe/layers/attention/cross_attention.hpp"
 #include "lithe/layers/parameters.hpp"
 
 namespace golden {

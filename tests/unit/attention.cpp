@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "lithe/core/parallel_executor.hpp"
+#include "lithe/layers/attention/cross_attention.hpp"
 #include "lithe/layers/cache.hpp"
 #include "lithe/layers/parameters.hpp"
 
@@ -55,7 +56,8 @@ struct plain {
         for (index_t t = sequences[s]; t < sequences[s + 1]; ++t)
           for (index_t h = 0; h < heads; ++h)
             for (index_t i = 0; i < w / 2; ++i) {
-              const double angle = static_cast<double>(t - sequences[s]) * std::pow(config.rotary_base, -2.0 * static_cast<double>(i) / static_cast<double>(w));
+              const double angle =
+                  static_cast<double>(t - sequences[s]) * std::pow(config.rotary_base, -2.0 * static_cast<double>(i) / static_cast<double>(w));
               double &lo = a(t, h * config.head_width + i), &hi = a(t, h * config.head_width + i + w / 2);
               const double p = lo, r = hi;
               lo = p * std::cos(angle) - r * std::sin(angle);
@@ -72,7 +74,8 @@ struct plain {
           std::vector<double> e;
           double sum = 0;
           for (index_t j = memory_rows[s]; j < memory_rows[s + 1]; ++j) {
-            const bool hidden = (config.causal && j - memory_rows[s] > t - rows[s]) || (self && !mask.empty() && mask[static_cast<std::size_t>(j)] == 0);
+            const bool hidden =
+                (config.causal && j - memory_rows[s] > t - rows[s]) || (self && !mask.empty() && mask[static_cast<std::size_t>(j)] == 0);
             const double score = q.row(t).segment(h * d, d).dot(k.row(j).segment(h / shared * d, d)) * config.scale +
                                  (bias.size() != 0 ? bias(h * x.rows() + t, j) : 0.0);
             e.push_back(hidden ? 0.0 : std::exp(score));
@@ -206,7 +209,8 @@ TEST(attention, float_stays_close_to_double_at_length_64k) {
   matrix<float> o(4, 16), lse(1, 4);
   matrix<double> od(4, 16), lsed(1, 4);
   attend<float>(q, k, v, 0.25F, see_all{}, o, lse.data(), {});
-  attend<double>(matrix<double>(q.cast<double>()), matrix<double>(k.cast<double>()), matrix<double>(v.cast<double>()), 0.25, see_all{}, od, lsed.data(), {});
+  attend<double>(matrix<double>(q.cast<double>()), matrix<double>(k.cast<double>()), matrix<double>(v.cast<double>()), 0.25, see_all{}, od,
+                 lsed.data(), {});
   // 342 tiles are added one to the other: the errors of 400 additions, not of 65536.
   EXPECT_LT(difference(o, od), 2e-6);
   EXPECT_LT(difference(lse, lsed), 2e-6);
@@ -285,7 +289,7 @@ TEST(attention, gradients_equal_finite_differences) {
       for_each_tensor(
           [&](const std::string& name, role, auto& p, auto& q) {
             const matrix<double> mine = q.array() - 1;  // accumulated
-            if (name != "key.bias") {  // which shifts every score of a row alike
+            if (name != "key.bias") {                   // which shifts every score of a row alike
               EXPECT_GT(largest(mine), 1e-3) << name;
             }
             expect_gradient(name.c_str(), p, mine, loss);
@@ -322,7 +326,8 @@ TEST(attention, gradients_equal_finite_differences_over_several_tiles) {
 
 TEST(attention, additive_bias_hides_shifts_and_has_a_gradient) {
   attention<double> l({.inputs = 6, .heads = 2, .causal = true}, rng_key{5});
-  matrix<double> x = random(13, 6, 1), dy = random(13, 6, 2), y(13, 6), dx(13, 6), bias = random(2 * 13, 13, 3), gradient = matrix<double>::Ones(26, 13);
+  matrix<double> x = random(13, 6, 1), dy = random(13, 6, 2), y(13, 6), dx(13, 6), bias = random(2 * 13, 13, 3),
+                 gradient = matrix<double>::Ones(26, 13);
   const double hidden = -std::numeric_limits<double>::infinity();
   bias(3, 1) = bias(13 + 7, 6) = hidden;
   bias.row(4).setConstant(hidden);  // sees nothing in one head
@@ -427,7 +432,8 @@ TEST(attention, padding_gives_nothing_and_is_no_key) {
 
 template <class S>
 void same_bits(index_t length, index_t heads, index_t key_value_heads) {
-  const attention<S> l({.inputs = 16, .heads = heads, .head_width = 20, .causal = true, .rotary_width = 8, .key_value_heads = key_value_heads}, rng_key{1});
+  const attention<S> l({.inputs = 16, .heads = heads, .head_width = 20, .causal = true, .rotary_width = 8, .key_value_heads = key_value_heads},
+                       rng_key{1});
   const offsets rows{0, length / 3, length / 3, length};
   const matrix<S> x = random<S>(length, 16, 1), dy = random<S>(length, 16, 2);
   matrix<S> first_y, first_dx, first_key, first_cached;
@@ -521,9 +527,9 @@ TYPED_TEST(attention_decoding, equals_the_full_pass) {
     const std::vector<index_t> twice{1, 1, 2};
     permute(l, cache, twice);
     const std::vector<index_t> length = done;
-    for (const std::size_t slot : {0, 1}) {
+    for (const index_t slot : {0, 1}) {
       matrix<S> y(1, l.config.outputs);
-      const std::vector<index_t> slots{static_cast<index_t>(slot)};
+      const std::vector<index_t> slots{slot};
       decode<attention<S>>(l, matrix<S>(x[0].row(length[0])), y, cache, {.slots = slots});
       EXPECT_LT(difference(y, full[0].row(length[0])), tolerance);
     }

@@ -22,11 +22,20 @@ template <class S>
 class key_gradient_tile {
  public:
   key_gradient_tile(const context& ctx, index_t key_width, index_t value_width)
-      : D_(key_width), V_(value_width), key_stride_(detail::tile::round_up<S>(D_)), value_stride_(detail::tile::round_up<S>(V_)),
-        keys_(ctx, attention_keys, key_stride_), keys_transposed_(ctx, D_, attention_keys), values_transposed_(ctx, V_, attention_keys),
-        dk_(ctx, attention_keys, key_stride_), dv_(ctx, attention_keys, value_stride_), q_(ctx, attention_gradient_queries, key_stride_),
-        g_(ctx, attention_gradient_queries, value_stride_), p_(ctx, attention_gradient_queries, attention_keys),
-        ds_(ctx, attention_gradient_queries, attention_keys), ones_(ctx, attention_keys) {
+      : D_(key_width),
+        V_(value_width),
+        key_stride_(detail::tile::round_up<S>(D_)),
+        value_stride_(detail::tile::round_up<S>(V_)),
+        keys_(ctx, attention_keys, key_stride_),
+        keys_transposed_(ctx, D_, attention_keys),
+        values_transposed_(ctx, V_, attention_keys),
+        dk_(ctx, attention_keys, key_stride_),
+        dv_(ctx, attention_keys, value_stride_),
+        q_(ctx, attention_gradient_queries, key_stride_),
+        g_(ctx, attention_gradient_queries, value_stride_),
+        p_(ctx, attention_gradient_queries, attention_keys),
+        ds_(ctx, attention_gradient_queries, attention_keys),
+        ones_(ctx, attention_keys) {
     ones_.map().setOnes();
   }
 
@@ -70,9 +79,12 @@ class key_gradient_tile {
       differentiate(p_.row(i), ds_.row(i), visible[i], n, log_sum_exp[i], d[i]);
       if (visible[i] != 0) mask.collect(i, first, visible[i], ds_.row(i));
     }
-    product<S>(count_, value_stride_, M, by_columns<S, score_stride>{p_.data(), {}}, g_.data(), value_stride_, dv_.data(), value_stride_, ones_.data(), by_key);
-    product<S>(count_, key_stride_, M, by_columns<S, score_stride>{ds_.data(), {}}, q_.data(), key_stride_, dk_.data(), key_stride_, ones_.data(), by_key);
-    product<S>(M, key_stride_, count_, by_rows<S, score_stride>{ds_.data(), {}}, keys_.data(), key_stride_, dq.data(), dq.stride(), ones_.data(), by_query);
+    product<S>(count_, value_stride_, M, by_columns<S, score_stride>{p_.data(), {}}, g_.data(), value_stride_, dv_.data(), value_stride_,
+               ones_.data(), by_key);
+    product<S>(count_, key_stride_, M, by_columns<S, score_stride>{ds_.data(), {}}, q_.data(), key_stride_, dk_.data(), key_stride_, ones_.data(),
+               by_key);
+    product<S>(M, key_stride_, count_, by_rows<S, score_stride>{ds_.data(), {}}, keys_.data(), key_stride_, dq.data(), dq.stride(), ones_.data(),
+               by_query);
   }
 
   /// Writes the gradients of the tile's keys and values.

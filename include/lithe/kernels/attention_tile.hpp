@@ -137,7 +137,7 @@ packet<S> exp_or_zero(packet<S> x) {
   using P = packet<S>;
   constexpr S least = S(0.9999 * std::numbers::ln2 * (std::numeric_limits<S>::min_exponent - 1));
   P y;
-  if constexpr (std::is_same_v<S, float> && lanes<S> > 1) {
+  if constexpr (std::is_same_v<S, float> && lanes < S >> 1) {
     // Half the work of Eigen's: no clamping, because what would need it is thrown away below. x = n ln 2 + r; n stands in the low bits
     // of x log2(e) + 1.5 * 2^23, and exp r = 1 + r + r² g(r), g interpolated at Chebyshev points (relative error 1.1e-8).
     using I = typename unpacket_traits<P>::integer_packet;
@@ -221,8 +221,12 @@ template <class S>
 class query_block {
  public:
   query_block(const context& ctx, index_t capacity, index_t value_width)
-      : width_(detail::tile::round_up<S>(value_width)), value_width_(value_width), output_(ctx, capacity, width_), maximum_(ctx, capacity),
-        sum_(ctx, capacity), scores_(ctx, attention_queries, attention_keys) {}
+      : width_(detail::tile::round_up<S>(value_width)),
+        value_width_(value_width),
+        output_(ctx, capacity, width_),
+        maximum_(ctx, capacity),
+        sum_(ctx, capacity),
+        scores_(ctx, attention_queries, attention_keys) {}
 
   /// Starts anew with the queries q; their rows must stay until finish.
   void begin(matrix_view<const S> q) {

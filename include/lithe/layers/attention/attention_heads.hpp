@@ -20,9 +20,9 @@ namespace detail {
 template <class S>
 struct attention_mask {
   bool causal = false;
-  index_t ahead = 0;                      // keys before the key of query 0
-  const std::uint8_t* valid = nullptr;    // of the keys
-  matrix_view<const S> bias{};            // rows of these queries, columns of these keys
+  index_t ahead = 0;                    // keys before the key of query 0
+  const std::uint8_t* valid = nullptr;  // of the keys
+  matrix_view<const S> bias{};          // rows of these queries, columns of these keys
   matrix_view<S> bias_gradient{};
 
   [[nodiscard]] index_t visible(index_t i) const { return causal ? ahead + i + 1 : std::numeric_limits<index_t>::max(); }
