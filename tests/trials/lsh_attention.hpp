@@ -152,7 +152,8 @@ struct lsh_attention {
   void attend_backward(const record& r, index_t h, const scratch<S>& d_o, const scratch<S>& dq, const scratch<S>& dv, const context& ctx) const {
     each_sequence(r.q.rows(), ctx, [&](index_t begin, index_t L) {
       each_pair(r.buckets.value, h, begin, L, ctx, [&](index_t i, index_t j) {
-        const auto g = head(d_o, i, h), qi = head(r.q, i, h), qj = head(r.q, j, h);
+        const auto g = head(d_o, i, h);
+        const auto qi = head(r.q, i, h), qj = head(r.q, j, h);
         const S a = std::exp(score(r.q, i, j, h) - r.softmax(i, 2 * h)) / r.softmax(i, 2 * h + 1);
         head(dv, j, h) += a * g;
         if (i == j) return;
