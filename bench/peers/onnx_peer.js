@@ -66,9 +66,8 @@ function build(name) {
 }
 
 function measure(run, budget) {
-  run();
   const times = [], start = process.hrtime.bigint();
-  while (times.length < 3 || Number(process.hrtime.bigint() - start) < budget * 1e9) {
+  while (times.length < 2 || Number(process.hrtime.bigint() - start) < budget * 1e9) {
     const before = process.hrtime.bigint();
     run();
     times.push(Number(process.hrtime.bigint() - before));
@@ -86,6 +85,7 @@ readline.createInterface({ input: process.stdin }).on('line', (line) => {
       current?.close();
       current = null;
       current = { name, ...build(name) };
+      current.run();  // warm-up
     }
     const [microseconds, runs] = measure(current.run, Number(seconds));
     Object.assign(answer, { runs, us_per_token: microseconds / current.items });
