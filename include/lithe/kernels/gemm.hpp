@@ -36,6 +36,7 @@ inline constexpr index_t shallow_rows = 16;    // of c: up to here rows of b are
 inline constexpr index_t shallow_depth = 16;   // that many
 inline constexpr index_t panel_depth = 1024;   // of one pass: a panel of 64 columns then fills a quarter of a 1 MiB cache
 inline constexpr index_t block_depth = 512;    // of one pass when all panels of a piece are packed at once
+inline constexpr index_t least_depth = 128;    // of one pass through narrow rows of b in place: below it c is read and written too often
 inline constexpr index_t cached_size = 16384;  // numbers that stay in the nearest caches however they are strided
 
 template <class S>
@@ -51,8 +52,12 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
     return dot_rows(rows, cols, p.depth, p.a + first_row * p.a_row, p.a_row, p.b + first_col * p.b_stride, p.b_stride,
                     p.c + first_row * p.c_stride + first_col, p.c_stride, p.add);
   const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
-  const bool in_place = shallow || (by_rows && p.depth * p.b_stride <= cached_size);
-  const index_t longest = std::clamp<index_t>(p.depth, 1, shallow ? shallow_depth : by_rows ? block_depth : panel_depth);
+  const bool in_place = shallow || (by_rows && p.b_stride * std::min(p.depth, least_depth) <= cached_size);
+  const index_t limit = shallow    ? shallow_depth
+                        : in_place ? cached_size / std::max<index_t>(1, p.b_stride)
+                        : by_rows  ? block_depth
+                                   : panel_depth;
+  const index_t longest = std::max<index_t>(1, std::min(p.depth, limit));
   const index_t packed_cols = p.b_storage == storage::panels ? 0 : !by_rows || in_place ? shape::width : round_up<S>(cols);
   const scratch<S> panel(ctx, longest * packed_cols);
   const bool pack_a = p.a_k != 1 && rows * longest > cached_size / 2;
