@@ -53,10 +53,7 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
                     p.c + first_row * p.c_stride + first_col, p.c_stride, p.add);
   const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
   const bool in_place = shallow || (by_rows && p.b_stride * std::min(p.depth, least_depth) <= cached_size);
-  const index_t limit = shallow    ? shallow_depth
-                        : in_place ? cached_size / std::max<index_t>(1, p.b_stride)
-                        : by_rows  ? block_depth
-                                   : panel_depth;
+  const index_t limit = shallow ? shallow_depth : in_place ? cached_size / std::max<index_t>(1, p.b_stride) : by_rows ? block_depth : panel_depth;
   const index_t longest = std::max<index_t>(1, std::min(p.depth, limit));
   const index_t packed_cols = p.b_storage == storage::panels ? 0 : !by_rows || in_place ? shape::width : round_up<S>(cols);
   const scratch<S> panel(ctx, longest * packed_cols);
