@@ -126,7 +126,8 @@ void product_top_k_row(const S* a, const S* b, index_t k, index_t final_k, S* su
 #if defined(LITHE_AVX512)
     if constexpr (std::is_same_v<S, float>) {
       if (size <= 16) return detail::product_top_k_row_avx512<16>(a, b, k, final_k, sums, pairs);
-      if (size <= 32) return detail::product_top_k_row_avx512<32>(a, b, k, final_k, sums, pairs);
+      // Beyond two registers the AVX-512 top_k over all candidates is faster than the portable plan.
+      return size <= 32 && detail::product_top_k_row_avx512<32>(a, b, k, final_k, sums, pairs);
     }
 #endif
     if (size <= 16) return detail::product_top_k_row_portable<16>(a, b, k, final_k, sums, pairs);
