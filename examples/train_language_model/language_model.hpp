@@ -1,0 +1,138 @@
+#pragma once
+
+// A byte-level language model whose blocks hold a dense feed-forward, a memory layer, or both; how it is described, saved and sampled.
+
+#include <fstream>
+#include <lithe/io/state.hpp>
+#include <lithe/lithe.hpp>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+using real = float;
+using lithe::index_t;
+using lithe::matrix;
+using lithe::token_t;
+
+using attention_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::attention<real>, lithe::dropout<real>>>;
+using dense_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::feed_forward<real>, lithe::dropout<real>>>;
+using memory_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::product_key_memory<real>, lithe::dropout<real>>>;
+
+using dense_block = lithe::sequential<attention_part, dense_part>;
+using memory_block = lithe::sequential<attention_part, memory_part>;              // the memory in place of the feed-forward
+using both_block = lithe::sequential<attention_part, dense_part, memory_part>;    // the memory after it
+using block = lithe::one_of<dense_block, memory_block, both_block>;
+using language_model = lithe::sequential<lithe::embedding<real>, lithe::stack<block>, lithe::layer_norm<real>, lithe::linear<real>>;
+
+inline constexpr index_t byte_values = 256;
+inline constexpr token_t mask_token = 256;
+
+/// What a model is built from; saved in its file.
+struct model_config {
+  std::string feed_forward = "memory";     ///< dense, memory, flat or peer
+  std::string memory_placement = "replace";  ///< replace the feed-forward, or after it
+  std::string objective = "causal";        ///< causal or masked
+  std::vector<index_t> memory_at{1};       ///< blocks, counted from 0, that hold a memory
+  index_t layers = 3, features = 128, heads = 4, hidden = 512, context = 256;
+  index_t sub_keys = 256, memory_heads = 4, key_width = 64, top_k = 16;
+  double dropout = 0;
+  std::uint64_t seed = 1;
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(model_config, feed_forward, memory_placement, objective, memory_at, layers, features, heads, hidden, context, sub_keys,
+                                   memory_heads, key_width, top_k, dropout, seed)
+
+inline lithe::product_key_memory_config memory_config(const model_config& c) {
+  lithe::product_key_memory_config m{.inputs = c.features, .heads = c.memory_heads, .sub_keys = c.sub_keys, .key_width = c.key_width, .top_k = c.top_k};
+  m.query.norm = lithe::query_normalisation::batch;
+  if (c.feed_forward == "flat") {  // as many slots, each with a key of its own
+    m.flat = true;
+    m.sub_keys = c.sub_keys * c.sub_keys;
+  }
+  if (c.feed_forward == "peer") m.readout.kind = lithe::memory_readout_kind::experts;
+  return m;
+}
+
+inline language_model make_model(const model_config& c) {
+  using namespace lithe;
+  for (const index_t at : c.memory_at)
+    require<config_error>(at >= 0 && at < c.layers, "memory-at: expected blocks from 0 to ", c.layers - 1, ", got ", at);
+  const rng_key key{c.seed};
+  stack<block> blocks;
+  for (index_t i = 0; i < c.layers; ++i) {
+    const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
+    const auto norm = [&] { return layer_norm<real>(c.features); };
+    const auto drop = [&] { return dropout<real>(c.dropout); };
+    const auto attend = [&] {
+      return attention_part{sequential(norm(), attention<real>({.inputs = c.features, .heads = c.heads, .causal = c.objective == "causal"}, k.child(0)), drop())};
+    };
+    const auto dense = [&] {
+      return dense_part{sequential(norm(), feed_forward<real>({.features = c.features, .hidden = c.hidden, .kind = activation::gelu}, k.child(1)), drop())};
+    };
+    const auto memory = [&] { return memory_part{sequential(norm(), product_key_memory<real>(memory_config(c), k.child(2)), drop())}; };
+    const bool here = c.feed_forward != "dense" && std::find(c.memory_at.begin(), c.memory_at.end(), i) != c.memory_at.end();
+    if (!here)
+      blocks.blocks.emplace_back(dense_block(attend(), dense()));
+    else if (c.memory_placement == "replace")
+      blocks.blocks.emplace_back(memory_block(attend(), memory()));
+    else
+      blocks.blocks.emplace_back(both_block(attend(), dense(), memory()));
+  }
+  return language_model(embedding<real>({.tokens = byte_values + 1, .features = c.features, .positions = c.context}, key.child(0)), std::move(blocks),
+                        layer_norm<real>(c.features), linear<real>({c.features, byte_values}, key.child(1)));
+}
+
+/// f(memory, its record) for every memory layer of a model.
+template <class F>
+void for_each_memory(const language_model& model, const language_model::record& r, F&& f) {
+  const auto& blocks = std::get<1>(model.layers).blocks;
+  const auto& records = std::get<1>(r.layers).blocks;
+  const auto visit = [&](const auto& part, const auto& record) { f(std::get<1>(part.inner.layers), std::get<1>(record.layers)); };
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    if (const auto* b = std::get_if<memory_block>(&blocks[i].value)) visit(std::get<1>(b->layers), std::get<1>(std::get<1>(records[i].value).layers));
+    if (const auto* b = std::get_if<both_block>(&blocks[i].value)) visit(std::get<2>(b->layers), std::get<2>(std::get<2>(records[i].value).layers));
+  }
+}
+
+inline std::string config_text(const model_config& c) { return nlohmann::json(c).dump(); }
+inline model_config read_config(const std::filesystem::path& path) {
+  const auto metadata = lithe::safetensors_file(path).metadata();
+  const auto found = metadata.find("config");
+  lithe::require<lithe::io_error>(found != metadata.end(), path.string(), ": expected a model saved by train_language_model, found no configuration");
+  return nlohmann::json::parse(found->second).get<model_config>();
+}
+
+inline std::vector<token_t> read_text(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  lithe::require<lithe::io_error>(file.good(), path.string(), ": cannot be read");
+  std::vector<token_t> out;
+  for (char c; file.get(c);) out.push_back(static_cast<unsigned char>(c));
+  return out;
+}
+
+/// Continues a prompt byte by byte with a decode cache; the model sees at most its context.
+inline std::string sample(const language_model& model, const model_config& c, const std::string& prompt, index_t length, double temperature,
+                          std::uint64_t seed, const lithe::context& base) {
+  std::vector<token_t> text;
+  for (const char b : prompt.empty() ? std::string("\n") : prompt) text.push_back(static_cast<unsigned char>(b));
+  auto cache = model.make_cache(1, c.context);
+  matrix<real> logits;
+  index_t cached = 0;  // tokens of the text in the cache, counted from `start`
+  std::size_t start = 0;
+  for (index_t i = 0; i < length; ++i) {
+    if (static_cast<index_t>(text.size() - start) > c.context) {  // full: go on from the last half of the context
+      start = text.size() - static_cast<std::size_t>(c.context / 2);
+      model.truncate(cache, 0, 0);
+      cached = 0;
+    }
+    const std::span<const token_t> fresh(text.data() + start + cached, text.size() - start - static_cast<std::size_t>(cached));
+    logits.resize(static_cast<index_t>(fresh.size()), byte_values);
+    model.decode(fresh, logits, cache, base);
+    cached += static_cast<index_t>(fresh.size());
+    const auto last = logits.row(logits.rows() - 1).array();
+    const Eigen::Array<real, 1, Eigen::Dynamic> p = ((last - last.maxCoeff()) / static_cast<real>(temperature)).exp();
+    double left = lithe::uniform(lithe::rng_key{seed}, static_cast<std::uint64_t>(i)) * static_cast<double>(p.sum());
+    token_t next = 0;
+    while (next + 1 < byte_values && (left -= static_cast<double>(p(next))) > 0) ++next;
+    text.push_back(next);
+  }
+  return std::string(text.begin() + static_cast<std::ptrdiff_t>(text.size()) - length, text.end());
+}
