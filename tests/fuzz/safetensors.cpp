@@ -153,18 +153,53 @@ std::vector<std::string> first_inputs() {
 std::string mutate(std::string text, const std::vector<std::string>& inputs, rng_key key) {
   std::uint64_t draws = 0;
   const auto draw = [&](std::size_t n) { return static_cast<std::size_t>(philox(key, draws++)[0]) % std::max<std::size_t>(n, 1); };
-  static const std::vector<std::string> pieces{"0", "-1", "9223372036854775807", "18446744073709551615", "1e400", "4294967296", "[", "]", "{", "}", ",",
-                                               ":", "\"", "null", "\"F64\"", "\"BF16\"", "\"X9\"", "\"../1.safetensors\"", "\"shape\"", "\"weight\"",
-                                               "__metadata__", "\\u0000", std::string(1, '\0'), "\xff", std::string(40, '['), "\"a\":"};
+  static const std::vector<std::string> pieces{"0",
+                                               "-1",
+                                               "9223372036854775807",
+                                               "18446744073709551615",
+                                               "1e400",
+                                               "4294967296",
+                                               "[",
+                                               "]",
+                                               "{",
+                                               "}",
+                                               ",",
+                                               ":",
+                                               "\"",
+                                               "null",
+                                               "\"F64\"",
+                                               "\"BF16\"",
+                                               "\"X9\"",
+                                               "\"../1.safetensors\"",
+                                               "\"shape\"",
+                                               "\"weight\"",
+                                               "__metadata__",
+                                               "\\u0000",
+                                               std::string(1, '\0'),
+                                               "\xff",
+                                               std::string(40, '['),
+                                               "\"a\":"};
   for (std::size_t lies = 1 + draw(3); lies > 0; --lies) {
     const std::size_t at = draw(text.size() + 1), length = std::min(draw(20), text.size() - at);
     switch (draw(8)) {
-      case 0: if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << draw(8))); break;
-      case 1: if (at < text.size()) text[at] = static_cast<char>(draw(256)); break;
-      case 2: text.resize(at); break;
-      case 3: text.erase(at, length); break;
-      case 4: text.insert(at, pieces[draw(pieces.size())]); break;
-      case 5: text.replace(at, length, pieces[draw(pieces.size())]); break;
+      case 0:
+        if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << draw(8)));
+        break;
+      case 1:
+        if (at < text.size()) text[at] = static_cast<char>(draw(256));
+        break;
+      case 2:
+        text.resize(at);
+        break;
+      case 3:
+        text.erase(at, length);
+        break;
+      case 4:
+        text.insert(at, pieces[draw(pieces.size())]);
+        break;
+      case 5:
+        text.replace(at, length, pieces[draw(pieces.size())]);
+        break;
       case 6: {  // a digit becomes another one
         const std::size_t digit = text.find_first_of("0123456789", at);
         if (digit != std::string::npos) text[digit] = static_cast<char>('0' + draw(10));

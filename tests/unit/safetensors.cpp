@@ -104,7 +104,8 @@ TEST_F(safetensors, writes_and_reads_every_type_bit_for_bit) {
 
 TEST_F(safetensors, reads_all_small_integers_and_truth_values) {
   spill(file(), raw_file(R"({"a":{"dtype":"I16","shape":[2],"data_offsets":[0,4]},"b":{"dtype":"I8","shape":[2],"data_offsets":[4,6]},)"
-                         R"("c":{"dtype":"BOOL","shape":[1,1],"data_offsets":[6,7]}})", 7));
+                         R"("c":{"dtype":"BOOL","shape":[1,1],"data_offsets":[6,7]}})",
+                         7));
   const safetensors_file in(file());
   EXPECT_EQ(in.read<std::int64_t>("a"), (std::vector<std::int64_t>{257, 257}));
   EXPECT_EQ(in.read<float>("b"), (std::vector<float>{1, 1}));
@@ -133,7 +134,8 @@ double value_of(unsigned bits, int exponent_bits, int fraction_bits) {
 
 TEST_F(safetensors, reads_all_65536_bfloat16_and_float16_values) {
   std::string text = raw_file(R"({"b":{"dtype":"BF16","shape":[256,256],"data_offsets":[0,131072]},)"
-                              R"("h":{"dtype":"F16","shape":[65536],"data_offsets":[131072,262144]}})", 262144);
+                              R"("h":{"dtype":"F16","shape":[65536],"data_offsets":[131072,262144]}})",
+                              262144);
   for (unsigned i = 0; i < 131072; ++i) {
     const auto bits = static_cast<std::uint16_t>(i);
     std::memcpy(text.data() + text.size() - 262144 + 2 * i, &bits, 2);
@@ -181,9 +183,9 @@ TEST_F(safetensors, rounds_to_bfloat16_to_nearest_even) {
     check_bf16(static_cast<double>(tie) * (1 + 0x1p-50));
     check_bf16(static_cast<double>(tie) * (1 - 0x1p-50));
   }
-  EXPECT_EQ(bf16_to_float(to_bf16(1.00390625)), 1.0F);           // tie, even is below
+  EXPECT_EQ(bf16_to_float(to_bf16(1.00390625)), 1.0F);  // tie, even is below
   EXPECT_EQ(bf16_to_float(to_bf16(1.00390625 + 0x1p-50)), 1.0078125F);
-  EXPECT_EQ(bf16_to_float(to_bf16(1.01171875F)), 1.015625F);     // tie, even is above
+  EXPECT_EQ(bf16_to_float(to_bf16(1.01171875F)), 1.015625F);  // tie, even is above
   EXPECT_EQ(bf16_to_float(to_bf16(3.4e38F)), std::numeric_limits<float>::infinity());
   EXPECT_EQ(bf16_to_float(to_bf16(-1e300)), -std::numeric_limits<float>::infinity());
   EXPECT_TRUE(std::isnan(bf16_to_float(to_bf16(std::bit_cast<float>(0x7F800001U)))));  // a NaN whose upper half is infinity
@@ -298,7 +300,8 @@ TEST_F(safetensors, reads_the_golden_files) {
     const std::int64_t target = targets[static_cast<std::size_t>(i)];
     double sum = 0;
     for (index_t j = 0; j < logits.cols(); ++j) sum += std::exp(logits(i, j));
-    EXPECT_NEAR(token_loss[static_cast<std::size_t>(i)], target == -100 ? 0 : std::log(sum) - logits(i, target), 1e-12);  // a handful of roundings of numbers around 1
+    EXPECT_NEAR(token_loss[static_cast<std::size_t>(i)], target == -100 ? 0 : std::log(sum) - logits(i, target),
+                1e-12);  // a handful of roundings of numbers around 1
   }
   int files = 0;
   for (const auto& entry : fs::directory_iterator(golden_folder())) {

@@ -253,7 +253,11 @@ struct momentum {
   schedule plan;
 
   explicit momentum(const model<float>& m) {
-    for_each_tensor([&](const std::string& name, role kind, const auto& t) { if (kind == role::parameter) moments[name].setZero(t.rows(), t.cols()); }, m);
+    for_each_tensor(
+        [&](const std::string& name, role kind, const auto& t) {
+          if (kind == role::parameter) moments[name].setZero(t.rows(), t.cols());
+        },
+        m);
   }
   template <class F>
   void visit_state(F&& f) {

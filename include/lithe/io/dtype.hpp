@@ -45,7 +45,7 @@ inline constexpr std::array<dtype_entry, 10> dtype_table{
 /// The number types that tensors are read into and written from, and the element type that stores each exactly.
 template <class T>
 concept tensor_number = std::same_as<T, double> || std::same_as<T, float> || std::same_as<T, std::int64_t> || std::same_as<T, std::int32_t> ||
-                        std::same_as<T, std::uint8_t>;
+    std::same_as<T, std::uint8_t>;
 template <tensor_number T>
 inline constexpr dtype dtype_of = std::same_as<T, double>         ? dtype::f64
                                   : std::same_as<T, float>        ? dtype::f32
@@ -110,17 +110,27 @@ template <tensor_number T>
 index_t convert(dtype from, const std::byte* in, T* out, index_t n) {
   const auto same = [](auto x) { return x; };
   switch (from) {
-    case dtype::f64: return convert_as<double>(in, out, n, same);
-    case dtype::f32: return convert_as<float>(in, out, n, same);
-    case dtype::bf16: return convert_as<std::uint16_t>(in, out, n, bf16_to_float);
-    case dtype::f16: return convert_as<std::uint16_t>(in, out, n, f16_to_float);
-    case dtype::i64: return convert_as<std::int64_t>(in, out, n, same);
-    case dtype::i32: return convert_as<std::int32_t>(in, out, n, same);
-    case dtype::i16: return convert_as<std::int16_t>(in, out, n, same);
-    case dtype::i8: return convert_as<std::int8_t>(in, out, n, same);
+    case dtype::f64:
+      return convert_as<double>(in, out, n, same);
+    case dtype::f32:
+      return convert_as<float>(in, out, n, same);
+    case dtype::bf16:
+      return convert_as<std::uint16_t>(in, out, n, bf16_to_float);
+    case dtype::f16:
+      return convert_as<std::uint16_t>(in, out, n, f16_to_float);
+    case dtype::i64:
+      return convert_as<std::int64_t>(in, out, n, same);
+    case dtype::i32:
+      return convert_as<std::int32_t>(in, out, n, same);
+    case dtype::i16:
+      return convert_as<std::int16_t>(in, out, n, same);
+    case dtype::i8:
+      return convert_as<std::int8_t>(in, out, n, same);
     case dtype::u8:
-    case dtype::boolean: return convert_as<std::uint8_t>(in, out, n, same);
-    case dtype::unknown: break;
+    case dtype::boolean:
+      return convert_as<std::uint8_t>(in, out, n, same);
+    case dtype::unknown:
+      break;
   }
   return 0;
 }

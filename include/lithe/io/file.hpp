@@ -34,8 +34,7 @@ class input_file {
     }
     size_ = static_cast<std::uint64_t>(status.st_size);
   }
-  input_file(input_file&& other) noexcept
-      : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)), size_(other.size_) {}
+  input_file(input_file&& other) noexcept : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)), size_(other.size_) {}
   input_file& operator=(input_file&&) = delete;
   ~input_file() {
     if (descriptor_ >= 0) ::close(descriptor_);

@@ -9,7 +9,7 @@
 
 namespace lithe::inline LITHE_ABI {
 
-inline constexpr const char* state_format = "1";          ///< what `lithe.format` says
+inline constexpr const char* state_format = "1";  ///< what `lithe.format` says
 inline constexpr const char* training_prefix = "training.";
 
 namespace detail {
@@ -20,7 +20,9 @@ struct any_visitor {
 };
 /// An optimiser, a schedule: t.visit_state(f) calls f(name, x) for all its tensors, numbers and nested states, members that live on.
 template <class T>
-concept visits_state = requires(T& t) { t.visit_state(any_visitor{}); };
+concept visits_state = requires(T& t) {
+  t.visit_state(any_visitor{});
+};
 
 /// A value table: rows reached one at a time.
 template <class T>
