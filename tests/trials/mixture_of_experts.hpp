@@ -8,32 +8,6 @@ namespace trials {
 
 using namespace lithe;
 
-/// A number that a layer adds to the loss of its own accord. The layer writes it in forward; backward adds its gradient. `auxiliary_loss`
-/// gathers it from the record of any model, so that containers need not know of it.
-template <class S>
-struct auxiliary {
-  S loss{};
-};
-
-template <class T>
-inline constexpr bool is_auxiliary = false;
-template <class S>
-inline constexpr bool is_auxiliary<auxiliary<S>> = true;
-
-/// The sum of all auxiliary losses in a record.
-template <class T>
-[[nodiscard]] double auxiliary_loss(const T& t) {
-  if constexpr (is_auxiliary<T>) {
-    return static_cast<double>(t.loss);
-  } else if constexpr (lithe::detail::is_numbers<T> || std::is_arithmetic_v<T> || std::is_enum_v<T> || lithe::detail::is_kept<T>) {
-    return 0;
-  } else {
-    double sum = 0;
-    lithe::detail::each_field([&](const auto& field) { sum += auxiliary_loss(field); }, t);
-    return sum;
-  }
-}
-
 struct mixture_of_experts_config {
   feed_forward_config expert{};
   index_t experts = 1, top_k = 1;
@@ -120,7 +94,7 @@ struct mixture_of_experts {
       const auto tokens = tokens_of(r.routes.value, e);
       const auto n = static_cast<index_t>(tokens.size()), column = static_cast<index_t>(e);
       const scratch<S> dout(ctx, n, x.cols()), din(ctx, n, x.cols());
-      dp.map().col(column).setConstant(balance_slope(r, e));
+      dp.map().col(column).setConstant(static_cast<S>(ctx.auxiliary) * balance_slope(r, e));
       for (index_t i = 0; i < n; ++i) {
         const index_t t = tokens[static_cast<std::size_t>(i)];
         dp.map()(t, column) += r.outputs[e].row(i).dot(dy.map().row(t));
@@ -147,10 +121,7 @@ struct mixture_of_experts {
  private:
   /// Rows are regrouped, so segments and mask of the caller say nothing about them.
   static context expert_context(std::size_t e, const context& ctx) {
-    context c = ctx.child(e + 1);
-    c.rows = {};
-    c.mask = {};
-    return c;
+    return ctx.child(e + 1).position_wise();
   }
   void choose(const matrix<S>& p, matrix<slot_t>& routes) const {
     routes.resize(p.rows(), top_k);

@@ -35,8 +35,8 @@ class sharded_table {
   sharded_table() = default;
   sharded_table(std::shared_ptr<shard_world<S>> world, std::size_t rank) : world_(std::move(world)), rank_(rank) {}
 
-  [[nodiscard]] index_t rows() const { return world_ ? world_->shard_rows() * static_cast<index_t>(world_->shards.size()) : 0; }
-  [[nodiscard]] index_t own_rows() const { return world_ ? world_->shard_rows() : 0; }
+  [[nodiscard]] index_t slots() const { return world_ ? world_->shard_rows() * static_cast<index_t>(world_->shards.size()) : 0; }
+  [[nodiscard]] index_t rows() const { return world_ ? world_->shard_rows() : 0; }
   [[nodiscard]] index_t cols() const { return world_ ? world_->shards.front().cols() : 0; }
 
   void gather_sum(picks<S> p, matrix_view<S> y, const context& ctx, update mode = update::assign) const {
@@ -74,7 +74,7 @@ class sharded_table {
   void share_gradient(std::shared_ptr<void>& handle, gradient& g) const {
     if (!handle) {
       auto target = std::make_shared<row_gradient<S>>();
-      target->total_rows = own_rows();
+      target->total_rows = rows();
       target->cols = cols();
       handle = std::move(target);
     }

@@ -16,6 +16,7 @@ struct context {
   segments rows{};                             ///< where sequences begin
   std::span<const std::uint8_t> mask{};        ///< one byte a row, 0 = padding; imported models only
   std::span<const index_t> slots{};            ///< decoding: the cache slot of each sequence; none: 0, 1, 2, ...
+  double auxiliary = 1;                        ///< backward adds this times the gradient of the layers' own losses (layers/record.hpp)
   bool train = false;                          ///< dropout draws, batch norm uses batch statistics
   bool replay = false;                         ///< forward keeps the choices in its record instead of choosing again
 
@@ -23,6 +24,14 @@ struct context {
   [[nodiscard]] context child(std::uint64_t i) const {
     context c = *this;
     c.key = key.child(i);
+    return c;
+  }
+  /// The same for rows that were regrouped (experts, chunks): a position-wise layer asks for no segments, padding or slots.
+  [[nodiscard]] context position_wise() const {
+    context c = *this;
+    c.rows = {};
+    c.mask = {};
+    c.slots = {};
     return c;
   }
   [[nodiscard]] index_t slot(index_t sequence) const {

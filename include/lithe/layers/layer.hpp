@@ -96,6 +96,10 @@ concept has_parameters = requires {
 ///     void  forward(x, y, record, ctx) const;           // keeps what backward needs
 ///     void  backward(x, record, dy, dx, gradient, ctx) const;   // dx overwritten, gradient accumulated
 ///     static void visit(f, structs...);                 // f("name", s.name...) for every parameter and child
+///
+/// backward and a replayed forward get the context of their forward (its key above all); whoever replays later stores that key. A forward
+/// without a record keeps no choices and so ignores `replay`. A field of `gradient` for a tensor that needs none (state without
+/// statistics) is `nothing`.
 template <class L>
 concept layer = std::copyable<L> && has_parameters<L> && std::default_initializable<record_of<L>> &&
                 requires(const L l, input_of<L> x, input_gradient_of<L> dx, matrix_view<typename L::scalar> y,

@@ -49,7 +49,8 @@ template <class L>
         if constexpr (requires { p.prepare(q); }) p.prepare(q);
       },
       [&](const std::string&, role, const auto& p, auto& q) {
-        if constexpr (requires { p.identity(); }) {
+        if constexpr (std::same_as<std::remove_cvref_t<decltype(q)>, nothing>) {
+        } else if constexpr (requires { p.identity(); }) {
           auto& handle = shared[p.identity()];
           p.share_gradient(handle, q);
         } else if constexpr (requires { q.total_rows; }) {
@@ -74,7 +75,8 @@ void after_step(L& l, const gradient_of<L>& g) {
       [](const auto&...) {}, "", l, g);
 }
 
-/// Tells every layer that its parameters were changed from outside (loaded, averaged, edited), so that derived copies are rebuilt.
+/// Tells every layer that its parameters were changed from outside (loaded, averaged, edited), so that derived copies are rebuilt;
+/// saved state stays as it is.
 template <class L>
 void refresh(L& l) {
   walk(
@@ -106,7 +108,7 @@ void set_zero(const L& l, gradient_of<L>& g) {
       [](const std::string&, role, const auto&, auto& q) {
         if constexpr (requires { q.set_zero(); })
           q.set_zero();
-        else
+        else if constexpr (!std::same_as<std::remove_cvref_t<decltype(q)>, nothing>)
           q.setZero();
       },
       "", l, g);

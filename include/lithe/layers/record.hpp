@@ -16,6 +16,13 @@ struct kept {
   T value{};
 };
 
+/// A loss that a layer adds of its own accord (balance of experts or keys). The layer writes the value in forward, its coefficient
+/// included; backward adds `context::auxiliary` times its gradient. Containers need not know: `auxiliary_loss` finds it in any record.
+template <class S>
+struct auxiliary {
+  S loss{};
+};
+
 // Records are aggregates; their fields are reached by structured bindings, so `bytes` and `forget` need no code from a layer's author.
 namespace detail {
 
@@ -35,6 +42,10 @@ template <class T>
 inline constexpr bool is_kept = false;
 template <class T>
 inline constexpr bool is_kept<kept<T>> = true;
+template <class T>
+inline constexpr bool is_auxiliary = false;
+template <class S>
+inline constexpr bool is_auxiliary<auxiliary<S>> = true;
 template <class T>
 inline constexpr bool is_vector = false;
 template <class T, class A>
@@ -96,6 +107,20 @@ template <class T>
     std::size_t n = 0;
     detail::each_field([&](const auto& field) { n += bytes(field); }, t);
     return n;
+  }
+}
+
+/// The sum of all auxiliary losses in a record; `forget` leaves them.
+template <class T>
+[[nodiscard]] double auxiliary_loss(const T& t) {
+  if constexpr (detail::is_auxiliary<T>) {
+    return static_cast<double>(t.loss);
+  } else if constexpr (detail::is_numbers<T> || std::is_arithmetic_v<T> || std::is_enum_v<T> || detail::is_kept<T>) {
+    return 0;
+  } else {
+    double sum = 0;
+    detail::each_field([&](const auto& field) { sum += auxiliary_loss(field); }, t);
+    return sum;
   }
 }
 

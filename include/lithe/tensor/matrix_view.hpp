@@ -148,8 +148,8 @@ class matrix_view {
   [[nodiscard]] map_type map() const { return map_type(data_, rows_, cols_, Eigen::OuterStride<>(stride_)); }
   /// One row for Eigen's coefficient-wise expressions.
   [[nodiscard]] row_type row_array(index_t i) const { return row_type(row(i), cols_); }
-  [[nodiscard]] constexpr matrix_view slice_rows(index_t first, index_t n) const { return {row(first), n, cols_, stride_}; }
-  [[nodiscard]] constexpr matrix_view slice_cols(index_t first, index_t n) const { return {data_ + first, rows_, n, stride_}; }
+  [[nodiscard]] constexpr matrix_view slice_rows(index_t first, index_t n) const { return {data_ == nullptr ? data_ : row(first), n, cols_, stride_}; }
+  [[nodiscard]] constexpr matrix_view slice_cols(index_t first, index_t n) const { return {data_ == nullptr ? data_ : data_ + first, rows_, n, stride_}; }
 
  private:
   S* data_ = nullptr;

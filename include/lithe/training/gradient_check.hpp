@@ -149,6 +149,7 @@ gradient_check_report check_gradients(L l, input_of<L> x_given, Memory memory_gi
   const auto forward_again = [&](matrix_view<double> into) {
     record_of<L> r = record;
     forward(into, replay, r);
+    return ctx.auxiliary * auxiliary_loss(r);
   };
 
   gradient_check_report report;
@@ -166,11 +167,11 @@ gradient_check_report check_gradients(L l, input_of<L> x_given, Memory memory_gi
   const auto difference = [&](double v, auto&& set) {
     const volatile double up = v + o.step, down = v - o.step;
     set(up);
-    forward_again(y.view());
+    const double loss_up = forward_again(y.view());
     set(down);
-    forward_again(other.view());
+    const double loss_down = forward_again(other.view());
     set(v);
-    return (y.view().map() - other.view().map()).cwiseProduct(dy.view().map()).sum() / (up - down);
+    return ((y.view().map() - other.view().map()).cwiseProduct(dy.view().map()).sum() + loss_up - loss_down) / (up - down);
   };
   const auto check_matrix = [&](auto& tensor, matrix_view<double> m, matrix_view<const double> gradient, double times) {
     for_samples(m.size(), o.entries, o.key.child(report.tensors.size()), [&](index_t at) {

@@ -136,8 +136,7 @@ loss_result cross_entropy_by_chunks(const L& output, matrix_view<const typename 
   chunk = std::min(chunk, h.rows());
   const scratch<S> room(ctx, chunk, classes);
   const scratch<double> losses(ctx, h.rows());
-  context c = ctx;
-  c.rows = {};  // a position-wise layer asks for no segments, and these would not fit a chunk
+  context c = ctx.position_wise();  // segments would not fit a chunk
   record_of<L> record;
   for (index_t first = 0; first < h.rows(); first += chunk) {
     const index_t n = std::min(chunk, h.rows() - first);

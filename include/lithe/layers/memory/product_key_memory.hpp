@@ -65,7 +65,7 @@ struct product_key_memory {
     gradient_of<rms_norm<S>> rms;
     gradient_of<query_network<S>> query;
     gradient_of<product_keys<S>> keys;
-    matrix<std::int64_t> permutation;
+    nothing permutation;
     typename Table::gradient values, down;
     gradient_of<memory_readout<S>> readout;
   };
@@ -92,10 +92,10 @@ struct product_key_memory {
         values(std::move(values_)), down(std::move(down_)),
         readout(config.value_width * (config.concat_heads ? config.heads : 1), config.inputs, config.outputs, config.readout, key.child(1)),
         gate(config.gate) {
-    require<config_error>(values.rows() == table_rows(config) && values.cols() == config.value_width, "product_key_memory: expected a table of ",
-                          to_text(table_rows(config), config.value_width), ", got ", to_text(values.rows(), values.cols()));
-    require<config_error>(!experts() || (down.rows() == values.rows() && down.cols() == config.inputs), "product_key_memory: expected a down table of ",
-                          to_text(values.rows(), config.inputs), ", got ", to_text(down.rows(), down.cols()));
+    require<config_error>(values.slots() == table_rows(config) && values.cols() == config.value_width, "product_key_memory: expected a table of ",
+                          to_text(table_rows(config), config.value_width), ", got ", to_text(values.slots(), values.cols()));
+    require<config_error>(!experts() || (down.slots() == values.slots() && down.cols() == config.inputs), "product_key_memory: expected a down table of ",
+                          to_text(values.slots(), config.inputs), ", got ", to_text(down.slots(), down.cols()));
     if (config.input_norm == memory_input_norm::layer) layer = layer_norm<S>(config.inputs);
     if (config.input_norm == memory_input_norm::rms) rms = rms_norm<S>(config.inputs);
     if (config.shuffle_slots) shuffle(key.child(4));
@@ -198,7 +198,7 @@ struct product_key_memory {
 
   [[nodiscard]] cost forward_cost(index_t length) const {
     const double rows = static_cast<double>(keys.picks()), width = static_cast<double>(values.cols() + down.cols());
-    const cost table{static_cast<double>(values.rows()) * width, 2 * rows * width, rows * width * sizeof(S)};
+    const cost table{static_cast<double>(values.slots()) * width, 2 * rows * width, rows * width * sizeof(S)};
     return query.forward_cost(length) + keys.forward_cost(length) + table + readout.forward_cost(length);
   }
   template <class F, class... T>
@@ -291,7 +291,7 @@ struct product_key_memory {
     if (config.detach_input) dx.map().setZero();
   }
   void map_slots(matrix_view<const slot_t> pairs, matrix_view<slot_t> slots, const context& ctx) const {
-    const index_t own = config.separate_values ? values.rows() / config.heads : 0;
+    const index_t own = config.separate_values ? values.slots() / config.heads : 0;
     ctx.exec->run(pairs.rows(), 64, [&](index_t first, index_t last) {
       for (index_t t = first; t < last; ++t)
         for (index_t p = 0; p < pairs.cols(); ++p) {

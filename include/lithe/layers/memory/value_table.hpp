@@ -6,7 +6,9 @@
 
 namespace lithe::inline LITHE_ABI {
 
-/// Rows that memory layers read and update: N = rows() rows of D = cols() numbers, D and N below 2^31.
+/// Rows that memory layers read and update: N = slots() rows of D = cols() numbers, D and N below 2^31. slots() is how many rows a pick
+/// may name; rows() is how many this process holds, which gradients, moments and savers number from 0 (a sharded table holds fewer).
+/// Calls stand outside of executor loops and come equally often on every rank, because scatter_add may be collective.
 ///
 ///     gather_sum(p, y, ctx, mode)           // y_t = or += Σ_j w_tj row[slot_tj]
 ///     row_dots(slots, per_token, dy, dw, ctx)   // dw_tj = <dy_t, row[slot_tj]>
@@ -19,6 +21,7 @@ concept value_table = std::copyable<T> && std::floating_point<typename T::scalar
                       requires(const T t, T m, picks<typename T::scalar> p, matrix_view<typename T::scalar> y, matrix_view<const typename T::scalar> dy,
                                std::span<typename T::scalar> out, std::span<const typename T::scalar> in, typename T::gradient g, index_t i,
                                const context& ctx) {
+                        { t.slots() } -> std::same_as<index_t>;
                         { t.rows() } -> std::same_as<index_t>;
                         { t.cols() } -> std::same_as<index_t>;
                         t.gather_sum(p, y, ctx, update::assign);
@@ -50,6 +53,7 @@ class dense_table {
     fill_normal(1 / std::sqrt(static_cast<double>(cols)), key, exec);
   }
 
+  [[nodiscard]] index_t slots() const { return rows(); }
   [[nodiscard]] index_t rows() const { return memory_.empty() ? 0 : rows_; }  // a table that was moved from has none
   [[nodiscard]] index_t cols() const { return cols_; }
   [[nodiscard]] matrix_view<S> view() { return {memory_.data(), rows(), cols_, stride_}; }
@@ -100,6 +104,7 @@ class shared_table {
   shared_table() = default;
   explicit shared_table(T table) : table_(std::make_shared<T>(std::move(table))) {}
 
+  [[nodiscard]] index_t slots() const { return rows(); }
   [[nodiscard]] index_t rows() const { return table_ ? table_->rows() : 0; }
   [[nodiscard]] index_t cols() const { return table_ ? table_->cols() : 0; }
   [[nodiscard]] T& table() { return *table_; }
