@@ -49,6 +49,7 @@
 #include "lithe/layers/attention/attention_heads.hpp"
 #include "lithe/layers/attention/cross_attention.hpp"
 #include "lithe/layers/memory/memory_gate.hpp"
+#include "lithe/layers/memory/memory_presets.hpp"
 #include "lithe/layers/memory/memory_readout.hpp"
 #include "lithe/layers/memory/product_key_memory.hpp"
 #include "lithe/layers/memory/product_keys.hpp"

@@ -175,7 +175,7 @@ void run_memory(golden_case<S>& g) {
       code, l,
       [&](const public_rows& p, const auto& parameter, const auto& d) {
         if (parameter.rows() * parameter.cols() == 0) return;
-        gather("grad." + p.name, p, d, parameter.rows(), parameter.cols());
+        if constexpr (requires { d(0, 0); }) gather("grad." + p.name, p, d, parameter.rows(), parameter.cols());
         if constexpr (requires { parameter(0, 0); }) gather("after." + p.name, p, parameter, parameter.rows(), parameter.cols());
       },
       l, gradient);

@@ -129,12 +129,17 @@ struct attention_base {
       dy = unpadded.view();
     }
     const scratch<S> d_context(ctx, T, query.weight.rows()), dq(ctx, T, query.weight.rows()), dk(ctx, N, G), dv(ctx, N, G);
-    back(output, r.context, dy, d_context.view(), update::assign, g.output, ctx);
+    output.backward(r.context, {}, dy, d_context, g.output, ctx);
     h.backward(r.query, r.key, r.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(), dv.view(), ctx);
     rotate(dq.view(), dk.view(), true, ctx);
-    back(query, x, dq.view(), dx, update::assign, g.query, ctx);
-    back(key, source, dk.view(), ds, update::add, g.key, ctx);
-    back(value, source, dv.view(), ds, update::add, g.value, ctx);
+    query.backward(x, {}, dq, dx, g.query, ctx);
+    if (config.rotary_width != 0) {
+      key.add_backward(source, dk, ds, g.key, ctx);
+    } else {  // a key's bias adds the same to all scores of a query, so its gradient is 0 and not the rounding of one
+      gemm_nn<S>(dk, key.weight, ds, ctx, update::add);
+      gemm_tn<S>(dk, source, g.key.weight, ctx, update::add);
+    }
+    value.add_backward(source, dv, ds, g.value, ctx);
   }
 
   static void zero_padding(matrix_view<S> y, const context& ctx) {
@@ -144,14 +149,6 @@ struct attention_base {
   }
 
  private:
-  // As linear::backward, but dx may be added to: three projections read the same x.
-  static void back(const linear<S>& l, matrix_view<const S> x, matrix_view<const S> dy, matrix_view<S> dx, update mode,
-                   typename linear<S>::gradient& g, const context& ctx) {
-    gemm_nn<S>(dy, l.weight, dx, ctx, mode);
-    gemm_tn<S>(dy, x, g.weight, ctx, update::add);
-    if (l.bias.size() != 0) g.bias += dy.map().colwise().sum();
-  }
-
   // Positions start at 0 in each sequence, so one table serves all.
   void rotate(matrix_view<S> q, matrix_view<S> k, bool back, const context& ctx) const {
     if (config.rotary_width == 0) return;

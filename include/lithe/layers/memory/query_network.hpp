@@ -61,10 +61,8 @@ struct query_mlp {
     return {x.rows(), maps.back().weight.rows()};
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    if (!folded.empty() && !ctx.train) return apply(folded, x, y, ctx);
-    if (norms.empty()) return apply(maps, x, y, ctx);
-    record r;
-    forward(x, y, r, ctx);
+    const bool fold = !folded.empty() && !ctx.train;
+    apply(fold ? folded : maps, fold || norms.empty() ? nullptr : norms.data(), x, y, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
     const std::size_t n = maps.size();
@@ -123,12 +121,17 @@ struct query_mlp {
     out.prepack();
     return out;
   }
-  static void apply(const std::vector<linear<S>>& chain, matrix_view<const S> x, matrix_view<S> y, const context& ctx, std::size_t i = 0) {
-    if (i + 1 == chain.size()) return chain[i].forward(x, y, ctx);
-    const scratch<S> h(ctx, x.rows(), chain[i].weight.rows());
-    chain[i].forward(x, h, ctx);
-    activate<S>(activation::relu, h, h, ctx);
-    apply(chain, h, y, ctx, i + 1);
+  /// Without a record; `norm` is that of the first map, null if there is none (or it is folded in).
+  static void apply(std::span<const linear<S>> chain, const batch_norm<S>* norm, matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
+    const linear<S>& map = chain.front();
+    const bool last = chain.size() == 1;
+    const scratch<S> hidden(ctx, last ? 0 : x.rows(), map.weight.rows());
+    const matrix_view<S> out = last ? y : hidden.view();
+    map.forward(x, out, ctx);
+    if (norm != nullptr) norm->forward(out, out, ctx);
+    if (last) return;
+    activate<S>(activation::relu, out, out, ctx);
+    apply(chain.subspan(1), norm == nullptr ? nullptr : norm + 1, out, y, ctx);
   }
   void back(std::size_t i, matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
             const context& ctx) const {
