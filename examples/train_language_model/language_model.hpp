@@ -76,7 +76,7 @@ inline language_model make_model(const model_config& c) {
     else
       blocks.blocks.emplace_back(both_block(attend(), dense(), memory()));
   }
-  return language_model(embedding<real>({.tokens = byte_values + 1, .features = c.features, .positions = c.context}, key.child(0)), std::move(blocks),
+  return language_model(embedding<real>({.tokens = byte_values + 1, .features = c.features, .positions = c.context, .deviation = 1}, key.child(0)), std::move(blocks),
                         layer_norm<real>(c.features), linear<real>({c.features, byte_values}, key.child(1)));
 }
 

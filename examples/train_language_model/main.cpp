@@ -17,8 +17,8 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 struct run_config {
   std::string text = DEFAULT_TEXT, save, resume;
-  index_t steps = 800, batch = 16, warmup = 50;
-  double rate = 2e-3, value_rate = 1e-2, weight_decay = 0.01, clip = 1;
+  index_t steps = 2000, batch = 8, warmup = 100;
+  double rate = 3e-3, value_rate = 1e-2, weight_decay = 0.01, clip = 1;
   int workers = 0, samples = 2;
   bool alone = false;
 };
@@ -159,7 +159,7 @@ std::string twin_path(const std::string& path) { return std::filesystem::path(pa
 void progress(const std::vector<trainer>& all, const run_config& r, double seconds, index_t done, bool last) {
   const bool terminal = isatty(STDOUT_FILENO) != 0;
   const auto step = static_cast<index_t>(all.front().step);
-  if (!terminal && !last && step % 50 != 0) return;
+  if (!terminal && !last && step % 100 != 0) return;
   std::printf("%sstep %td/%td", terminal ? "\r" : "", step, r.steps);
   for (const auto& t : all)
     std::printf(" | %s loss %.3f = %.2f bits/byte, %.1fk tokens/s", t.name.c_str(), t.loss, t.loss / std::numbers::ln2,

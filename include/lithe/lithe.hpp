@@ -27,7 +27,6 @@
 #include "lithe/kernels/norm.hpp"
 #include "lithe/kernels/product_top_k.hpp"
 #include "lithe/kernels/rotary.hpp"
-#include "lithe/kernels/scatter_dense.hpp"
 #include "lithe/kernels/sort_rows.hpp"
 #include "lithe/kernels/top_k.hpp"
 #include "lithe/kernels/top_k_avx512.hpp"

@@ -25,6 +25,39 @@ inline index_t gather_grain(index_t tokens, index_t parts, index_t bytes_per_par
   return tokens < 8 ? grain : (grain + parts - 1) / parts * parts;
 }
 
+/// Picks sorted by row. The tokens and weights of one row's picks stand next to each other: what they add up to is a gather_sum over the
+/// tokens' rows, so a scatter-add runs without atomics and in the order of the picks.
+template <class S>
+struct sorted_picks {
+  scratch<row_pick> by_row, spare;
+  index_t count;              // picks that name a row
+  scratch<slot_t> token;
+  scratch<S> weight;
+  scratch<index_t> start;     // of each row's picks, and the end of the last
+  index_t segments = 0;       // rows that were picked
+
+  sorted_picks(const picks<S>& p, index_t rows, const context& ctx)
+      : by_row(ctx, static_cast<index_t>(p.slots.size())), spare(ctx, static_cast<index_t>(p.slots.size())),
+        count(sort_rows(p.slots, rows, by_row.span(), spare.span())), token(ctx, count), weight(ctx, count), start(ctx, count + 1) {
+    ctx.exec->run(count, 8192, [&](index_t first, index_t last) {
+      const double inverse = 1.0 / static_cast<double>(p.per_token);  // (pick + 1/2) / P never rounds across an integer below 2^32
+      for (index_t i = first; i < last; ++i) {
+        token[i] = static_cast<slot_t>((by_row[i].pick + 0.5) * inverse);
+        weight[i] = p.weights[by_row[i].pick];
+      }
+    });
+    for (index_t i = 0; i < count; ++i)
+      if (i == 0 || by_row[i].row != by_row[i - 1].row) start[segments++] = i;
+    start[segments] = count;
+  }
+  [[nodiscard]] slot_t row(index_t segment) const { return by_row[start[segment]].row; }
+  /// out = init + Σ w dy_t over the picks of a segment (none if negative), for a piece of at most sum_columns columns.
+  void sum(index_t segment, matrix_view<const S> dy, const S* init, S* out, bool stream) const {
+    const index_t begin = segment < 0 ? 0 : start[segment], end = segment < 0 ? 0 : start[segment + 1];
+    sum_rows(dy.data(), dy.stride(), dy.cols(), token.data() + begin, weight.data() + begin, end - begin, count - begin, init, out, stream);
+  }
+};
+
 }  // namespace detail
 
 /// y_t = Σ_j w_tj table[slot_tj], or y_t += that sum.
@@ -72,38 +105,19 @@ void row_dots(matrix_view<const S> table, std::span<const slot_t> slots, index_t
 /// order of the picks onto what g holds: no atomics, the same bits with any number of workers. Allocates only while g grows.
 template <class S>
 void scatter_add(picks<S> p, matrix_view<const S> dy, row_gradient<S>& g, const context& ctx) {
-  const index_t D = g.cols, P = p.per_token;
-  const auto total = static_cast<index_t>(p.slots.size());
-  LITHE_ASSERT(dy.cols() == D && total == dy.rows() * P && p.weights.size() == p.slots.size());
-  const scratch<row_pick> sorted(ctx, total), spare(ctx, total);
-  const index_t n = sort_rows(p.slots, g.total_rows, sorted.span(), spare.span());
-  if (n == 0) return;
-
-  // The tokens and weights of one row's picks, next to each other: what they add up to is a gather_sum over dy.
-  const scratch<slot_t> token(ctx, n);
-  const scratch<S> weight(ctx, n);
-  ctx.exec->run(n, 8192, [&](index_t first, index_t last) {
-    const double inverse = 1.0 / static_cast<double>(P);  // (pick + 1/2) / P never rounds across an integer below 2^32
-    for (index_t i = first; i < last; ++i) {
-      token[i] = static_cast<slot_t>((sorted[i].pick + 0.5) * inverse);
-      weight[i] = p.weights[sorted[i].pick];
-    }
-  });
-  const scratch<index_t> start(ctx, n + 1);
-  index_t touched = 0;
-  for (index_t i = 0; i < n; ++i) {
-    if (i == 0 || sorted[i].row != sorted[i - 1].row) start[touched++] = i;
-  }
-  start[touched] = n;
+  const index_t D = g.cols;
+  LITHE_ASSERT(dy.cols() == D && static_cast<index_t>(p.slots.size()) == dy.rows() * p.per_token && p.weights.size() == p.slots.size());
+  const detail::sorted_picks<S> sorted(p, g.total_rows, ctx);
+  if (sorted.segments == 0) return;
 
   // Merge with the rows that g has. An output row is an old one (or none) plus the picks of one segment (or none).
-  const index_t old = g.count();
+  const index_t old = g.count(), touched = sorted.segments;
   const scratch<std::int32_t> from(ctx, old + touched), segment(ctx, old + touched);
   g.spare_rows.resize(static_cast<std::size_t>(old + touched));
   index_t count = 0;
   for (index_t i = 0, s = 0; i < old || s < touched; ++count) {
     const slot_t a = i < old ? g.rows[static_cast<std::size_t>(i)] : std::numeric_limits<slot_t>::max();
-    const slot_t b = s < touched ? sorted[start[s]].row : std::numeric_limits<slot_t>::max();
+    const slot_t b = s < touched ? sorted.row(s) : std::numeric_limits<slot_t>::max();
     g.spare_rows[static_cast<std::size_t>(count)] = std::min(a, b);
     from[count] = a <= b ? static_cast<std::int32_t>(i++) : -1;
     segment[count] = b <= a ? static_cast<std::int32_t>(s++) : -1;
@@ -117,16 +131,30 @@ void scatter_add(picks<S> p, matrix_view<const S> dy, row_gradient<S>& g, const 
   const bool stream = !in_place && count * D * static_cast<index_t>(sizeof(S)) >= detail::stream_bytes;
   ctx.exec->run(count * blocks, 16 * blocks, [&](index_t first, index_t last) {
     for (index_t item = first; item < last; ++item) {
-      const index_t r = item / blocks, c = item % blocks * detail::sum_columns<S>, s = segment[r];
-      if (in_place && s < 0) continue;
-      const index_t begin = s < 0 ? 0 : start[s], end = s < 0 ? 0 : start[s + 1];
-      detail::sum_rows(dy.data() + c, dy.stride(), std::min(detail::sum_columns<S>, D - c), token.data() + begin, weight.data() + begin, end - begin,
-                       n - begin, from[r] < 0 ? nullptr : g.storage.data() + from[r] * D + c, target.data() + r * D + c, stream);
+      const index_t r = item / blocks, c = item % blocks * detail::sum_columns<S>;
+      if (in_place && segment[r] < 0) continue;
+      sorted.sum(segment[r], dy.slice_cols(c, std::min(detail::sum_columns<S>, D - c)), from[r] < 0 ? nullptr : g.storage.data() + from[r] * D + c,
+                 target.data() + r * D + c, stream);
     }
     detail::stream_fence();
   });
   if (&target != &g.storage) g.storage.swap(g.spare_storage);
   g.rows.swap(g.spare_rows);
+}
+
+/// target[slot_tj] += w_tj dy_t for every pick: the same for a target small enough to be held dense (sub-keys). dy [T x D], target [N x D].
+template <class S>
+void scatter_add(picks<S> p, matrix_view<const S> dy, matrix_view<S> target, const context& ctx) {
+  const index_t D = target.cols(), blocks = (D + detail::sum_columns<S> - 1) / detail::sum_columns<S>;
+  LITHE_ASSERT(dy.cols() == D && static_cast<index_t>(p.slots.size()) == dy.rows() * p.per_token && p.weights.size() == p.slots.size());
+  const detail::sorted_picks<S> sorted(p, target.rows(), ctx);
+  ctx.exec->run(sorted.segments * blocks, 16 * blocks, [&](index_t first, index_t last) {
+    for (index_t item = first; item < last; ++item) {
+      const index_t s = item / blocks, c = item % blocks * detail::sum_columns<S>;
+      S* out = target.row(sorted.row(s)) + c;
+      sorted.sum(s, dy.slice_cols(c, std::min(detail::sum_columns<S>, D - c)), out, out, false);
+    }
+  });
 }
 
 }  // namespace lithe::inline LITHE_ABI

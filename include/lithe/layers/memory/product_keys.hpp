@@ -2,9 +2,9 @@
 
 #include <random>
 
+#include "lithe/kernels/gather.hpp"
 #include "lithe/kernels/gemm.hpp"
 #include "lithe/kernels/product_top_k.hpp"
-#include "lithe/kernels/scatter_dense.hpp"
 #include "lithe/kernels/top_k.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
@@ -142,7 +142,7 @@ struct product_keys {
       gather_sum<S>(keys_of(group), picked(group), dq.slice_cols(group * config.width, config.width), ctx);
     // Groups that share a table take turns, so that its sums have one order.
     for (index_t group = 0; group < groups(); ++group)
-      scatter_add_dense<S>(picked(group), q.slice_cols(group * config.width, config.width), table_of(g.keys, group), ctx);
+      scatter_add<S>(picked(group), q.slice_cols(group * config.width, config.width), table_of(g.keys, group), ctx);
   }
 
   void prepack() {
