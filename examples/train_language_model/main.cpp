@@ -9,6 +9,10 @@
 
 #include "language_model.hpp"
 
+#if !defined(DEFAULT_TEXT)
+#define DEFAULT_TEXT "examples/data/kjv_new_testament.txt"
+#endif
+
 namespace {
 
 volatile std::sig_atomic_t interrupted = 0;
@@ -17,7 +21,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 struct run_config {
   std::string text = DEFAULT_TEXT, save, resume;
-  index_t steps = 2000, batch = 8, warmup = 100;
+  index_t steps = 1600, batch = 8, warmup = 100;
   double rate = 3e-3, value_rate = 1e-2, weight_decay = 0.01, clip = 1;
   int workers = 0, samples = 2;
   bool alone = false;
