@@ -46,7 +46,7 @@ struct product_key_memory_config {
 ///
 /// x [T x inputs] -> y [T x outputs]. Heads are summed, so under softmax the weights of a token add up to `heads`. Only the rows of V that
 /// were picked are read, and only they have a gradient. Selection carries no gradient. Rows hidden by ctx.mask give 0 and touch nothing; a
-/// row with NaN gives NaN. Throws config_error, shape_error, index_error (a permutation out of range).
+/// row with NaN gives NaN. Throws config_error, shape_error, state_error (replay without recorded pairs).
 template <std::floating_point S, value_table Table = dense_table<S>>
 struct product_key_memory {
   using scalar = S;
