@@ -24,17 +24,22 @@ struct settings {
   memory_code code;
 };
 
-settings xlm(const nlohmann::json& j) {
-  settings s{.config = {}, .code = memory_code::xlm};
-  auto& c = s.config;
-  for (const char* never : {"mem_input2d", "mem_query_residual"})
-    if (option(j, never, false)) throw skipped(std::string(never) + " is not part of the layer");
+/// The sizes, which both of Meta's codes name alike.
+void read_sizes(const nlohmann::json& j, product_key_memory_config& c) {
   c.inputs = j.at("input_dim");
   c.outputs = j.at("output_dim");
   c.heads = j.at("mem_heads");
   c.sub_keys = j.at("mem_n_keys");
   c.key_width = j.at("mem_k_dim");
   c.top_k = j.at("mem_knn");
+}
+
+settings xlm(const nlohmann::json& j) {
+  settings s{.config = {}, .code = memory_code::xlm};
+  auto& c = s.config;
+  for (const char* never : {"mem_input2d", "mem_query_residual"})
+    if (option(j, never, false)) throw skipped(std::string(never) + " is not part of the layer");
+  read_sizes(j, c);
   c.flat = !j.at("mem_product_quantization").get<bool>();
   c.share_keys = !j.at("mem_use_different_keys").get<bool>();
   const auto layers = sizes(j.at("mem_query_layer_sizes"));
@@ -72,7 +77,7 @@ settings lucidrains(const nlohmann::json& j) {
   c.top_k = j.at("topk");
   c.query.bias = false;
   c.query.norm = query_normalisation::layer;
-  if (option(j, "use_layernorm", true) == false) c.query.norm = query_normalisation::batch;
+  if (!option(j, "use_layernorm", true)) throw skipped("queries without their layer norm are not specified");
   if (option(j, "non_competitive_gates", false)) c.gate.kind = memory_gate_kind::relu;
   if (option(j, "pre_layernorm", false)) c.input_norm = memory_input_norm::layer;
   c.readout.output_norm = option(j, "norm_output", false);
@@ -89,12 +94,7 @@ settings lucidrains(const nlohmann::json& j) {
 settings memory_layers(const nlohmann::json& j) {
   settings s{.config = {}, .code = memory_code::memory_layers};
   auto& c = s.config;
-  c.inputs = j.at("input_dim");
-  c.outputs = j.at("output_dim");
-  c.heads = j.at("mem_heads");
-  c.sub_keys = j.at("mem_n_keys");
-  c.key_width = j.at("mem_k_dim");
-  c.top_k = j.at("mem_knn");
+  read_sizes(j, c);
   c.query.bias = option(j, "mem_query_bias", true);
   c.share_keys = option(j, "mem_share_keys", false);
   const auto width = option<index_t>(j, "mem_v_dim", -1);
