@@ -18,6 +18,7 @@
 #include "lithe/kernels/attention_gradient.hpp"
 #include "lithe/kernels/attention_tile.hpp"
 #include "lithe/kernels/dropout.hpp"
+#include "lithe/kernels/dropout_factors.hpp"
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/kernels/gather.hpp"
 #include "lithe/kernels/gather_kernel.hpp"

@@ -17,7 +17,9 @@ void softmax_row_dots(matrix_view<const S> output_gradient, matrix_view<const S>
 
 /// The backward pass of one tile of keys against any number of queries (arXiv 2205.14135, algorithm 4). Scores are computed again:
 ///
-///     p = exp(scale q kᵀ - log_sum_exp),  ds = p ∘ (dO vᵀ - D),  dv = pᵀ dO,  dk = scale dsᵀ q,  dq += scale ds k
+///     p = exp(scale q kᵀ - log_sum_exp),  ds = p ∘ (M ∘ dO vᵀ - D),  dv = (M ∘ p)ᵀ dO,  dk = scale dsᵀ q,  dq += scale ds k
+///
+/// with M the factors of a mask that drops weights, else 1.
 template <class S>
 class key_gradient_tile {
  public:
@@ -76,7 +78,12 @@ class key_gradient_tile {
     product<S>(M, n, V_, by_rows<S>{g_.data(), value_stride_}, values_transposed_.data(), n, ds_.data(), attention_keys, nullptr, scores);
     for (index_t i = 0; i < M; ++i) {
       if (visible[i] != 0) mask.adjust(i, first, visible[i], p_.row(i));
+      S factors[dropping_mask<Mask, S> ? attention_keys : 1];
+      bool drops = false;
+      if constexpr (dropping_mask<Mask, S>) drops = visible[i] != 0 && mask.drop(i, first, visible[i], factors);
+      if (drops) scale_by(ds_.row(i), factors, visible[i]);
       differentiate(p_.row(i), ds_.row(i), visible[i], n, log_sum_exp[i], d[i]);
+      if (drops) scale_by(p_.row(i), factors, visible[i]);
       if (visible[i] != 0) mask.collect(i, first, visible[i], ds_.row(i));
     }
     product<S>(count_, value_stride_, M, by_columns<S, score_stride>{p_.data(), {}}, g_.data(), value_stride_, dv_.data(), value_stride_,

@@ -179,7 +179,8 @@ void pack_scaled_transposed(matrix_view<const S> source, S* to, S scale) {
 
 /// What a query may see. Every key; the plainest of the masks that the tiles take. `visible(i)`: query i sees the first so many keys
 /// (it does not fall with i); `adjust(i, first, n, scores)`: change the scores of keys first .. first+n-1 (a bias, -inf to hide);
-/// `collect(i, first, n, gradient)`: what backward found for those scores.
+/// `collect(i, first, n, gradient)`: what backward found for those scores, and may change. A mask that drops weights behind the softmax
+/// also has `drop(i, first, n, factors)`: whether it does, and if so what the weights of those keys are multiplied with.
 struct see_all {
   [[nodiscard]] index_t visible(index_t) const { return std::numeric_limits<index_t>::max(); }
   template <class S>
@@ -187,6 +188,22 @@ struct see_all {
   template <class S>
   void collect(index_t, index_t, index_t, const S*) const {}
 };
+
+namespace detail::tile {
+
+template <class Mask, class S>
+concept dropping_mask = requires(const Mask& m, index_t i, S* factors) {
+  { m.drop(i, i, i, factors) } -> std::same_as<bool>;
+};
+
+/// a *= b, n numbers.
+template <class S>
+void scale_by(S* a, const S* b, index_t n) {
+  using row = Eigen::Array<S, Eigen::Dynamic, 1>;
+  Eigen::Map<row>(a, n) *= Eigen::Map<const row>(b, n);
+}
+
+}  // namespace detail::tile
 
 /// Keys and values of one tile, as the products want them: scale * kᵀ [D x N], v [N x V].
 template <class S>
@@ -255,6 +272,11 @@ class query_block {
       }
       for (index_t i = 0; i < m; i += lanes<S>) pstoreu(decay + i, exp_or_zero<S>(ploadu<packet<S>>(decay + i)));
       for (index_t i = 0; i < m; ++i) sum_[i0 + i] = decay[i] * sum_[i0 + i] + exponentials(scores_.row(i), visible[i], n, shift(i0 + i));
+      if constexpr (dropping_mask<Mask, S>) {
+        S factors[attention_keys];
+        for (index_t i = 0; i < m; ++i)
+          if (visible[i] != 0 && mask.drop(i0 + i, first, visible[i], factors)) scale_by(scores_.row(i), factors, visible[i]);
+      }
       product<S>(m, width_, tile.count(), by_rows<S, score_stride>{scores_.data(), {}}, tile.values(), width_, output_.row(i0), width_, decay,
                  {.depth_end = visible});
     }
