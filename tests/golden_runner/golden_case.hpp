@@ -95,6 +95,8 @@ void run_attention(golden_case<S>& c);
 template <class S>
 void run_memory(golden_case<S>& c);
 template <class S>
+void run_moe(golden_case<S>& c);
+template <class S>
 void run_optimiser(golden_case<S>& c);
 template <class S>
 void run_loss(golden_case<S>& c);

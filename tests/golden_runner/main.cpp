@@ -27,6 +27,7 @@ void run_family(golden_case<S>& c, const std::string& name) {
   static const family<S> families[] = {
       {"attention_", run_attention<S>}, {"xlm_", run_memory<S>},          {"lucid_", run_memory<S>}, {"fbmem_", run_memory<S>},
       {"ultramem_memory_plus", run_memory<S>}, {"optimizer_", run_optimiser<S>}, {"loss_", run_loss<S>},
+      {"moe_", run_moe<S>},
   };
   for (const auto& f : families)
     if (name.starts_with(f.prefix)) return f.run(c);
