@@ -108,31 +108,14 @@ inline std::vector<token_t> read_text(const std::filesystem::path& path) {
   return out;
 }
 
-/// Continues a prompt byte by byte with a decode cache; the model sees at most its context.
-inline std::string sample(const language_model& model, const model_config& c, const std::string& prompt, index_t length, double temperature,
-                          std::uint64_t seed, const lithe::context& base) {
-  std::vector<token_t> text;
-  for (const char b : prompt.empty() ? std::string("\n") : prompt) text.push_back(static_cast<unsigned char>(b));
-  auto cache = model.make_cache(1, c.context);
-  matrix<real> logits;
-  index_t cached = 0;  // tokens of the text in the cache, counted from `start`
-  std::size_t start = 0;
-  for (index_t i = 0; i < length; ++i) {
-    if (static_cast<index_t>(text.size() - start) > c.context) {  // full: go on from the last half of the context
-      start = text.size() - static_cast<std::size_t>(c.context / 2);
-      model.truncate(cache, 0, 0);
-      cached = 0;
-    }
-    const std::span<const token_t> fresh(text.data() + start + cached, text.size() - start - static_cast<std::size_t>(cached));
-    logits.resize(static_cast<index_t>(fresh.size()), byte_values);
-    model.decode(fresh, logits, cache, base);
-    cached += static_cast<index_t>(fresh.size());
-    const auto last = logits.row(logits.rows() - 1).array();
-    const Eigen::Array<real, 1, Eigen::Dynamic> p = ((last - last.maxCoeff()) / static_cast<real>(temperature)).exp();
-    double left = lithe::uniform(lithe::rng_key{seed}, static_cast<std::uint64_t>(i)) * static_cast<double>(p.sum());
-    token_t next = 0;
-    while (next + 1 < byte_values && (left -= static_cast<double>(p(next))) > 0) ++next;
-    text.push_back(next);
-  }
-  return std::string(text.begin() + static_cast<std::ptrdiff_t>(text.size()) - length, text.end());
+/// Continues a prompt byte by byte; the model sees at most its context.
+inline std::string sample(const language_model& model, const model_config& c, const std::string& prompt, index_t length, const lithe::sampling& how,
+                          std::uint64_t seed, const lithe::context& ctx) {
+  std::vector<token_t> bytes;
+  for (const char b : prompt.empty() ? std::string("\n") : prompt) bytes.push_back(static_cast<unsigned char>(b));
+  lithe::generator<language_model> g(model, {.capacity = c.context, .how = how});
+  g.start({&bytes, 1}, lithe::rng_key{seed}, ctx);
+  for (index_t i = 0; i < length; ++i) g.step(ctx);
+  const auto text = g.text(0).subspan(bytes.size());
+  return {text.begin(), text.end()};
 }

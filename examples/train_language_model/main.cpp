@@ -228,7 +228,7 @@ int run(const model_config& asked, const run_config& r) {
     print_usage(meter.report());
   }
   for (int i = 0; i < r.samples && config.objective == "causal"; ++i)
-    std::printf("\n--- sample %d\n%s\n", i + 1, sample(all.front().model, config, "\n", 300, 0.7, static_cast<std::uint64_t>(i), ctx).c_str());
+    std::printf("\n--- sample %d\n%s\n", i + 1, sample(all.front().model, config, "\n", 300, {.temperature = 0.7}, static_cast<std::uint64_t>(i), ctx).c_str());
   return 0;
 }
 

@@ -152,7 +152,12 @@ TEST(language_model, no_allocation_in_steady_state_inference) {
       const auto text = some_text(40, 1);
       matrix<real> logits(40, byte_values), one(1, byte_values);
       auto cache = model.make_cache(1, 64);
+      generator<language_model> g(model, {.capacity = 64, .how = {.top_k = 20, .top_p = 0.9}});
+      const std::vector<std::vector<token_t>> prompts{{1, 2, 3}, {4}};
+      g.start(prompts, {}, ctx);
+      g.reserve(64);
       const auto infer = [&] {
+        g.step(ctx);
         model.forward(text, logits, ctx);
         model.truncate(cache, 0, 0);
         model.decode(std::span(text).first(20), matrix_view<real>(logits).slice_rows(0, 20), cache, ctx);
@@ -201,10 +206,10 @@ TEST(language_model, the_same_bits_with_any_number_of_workers) {
 TEST(language_model, samples_are_a_function_of_the_seed) {
   const auto c = small();
   const language_model model = make_model(c);
-  const auto text = sample(model, c, "a", 100, 1.0, 1, {});  // longer than the context of 40
+  const auto text = sample(model, c, "a", 100, {}, 1, {});  // longer than the context of 40
   EXPECT_EQ(text.size(), 100U);
-  EXPECT_EQ(text, sample(model, c, "a", 100, 1.0, 1, {}));
-  EXPECT_NE(text, sample(model, c, "a", 100, 1.0, 2, {}));
+  EXPECT_EQ(text, sample(model, c, "a", 100, {}, 1, {}));
+  EXPECT_NE(text, sample(model, c, "a", 100, {}, 2, {}));
 }
 
 }  // namespace
