@@ -44,15 +44,23 @@ class key_gradient_tile {
   /// The number of columns that `dq` of `add` must have: the key width, filled up to whole packets.
   [[nodiscard]] static index_t query_gradient_width(index_t key_width) { return detail::tile::round_up<S>(key_width); }
 
-  /// Takes the keys k [N x D] and values v [N x V], N at most attention_keys, and starts their gradients at zero.
+  /// Takes the keys k [N x D] and values v [N x V], N at most attention_keys, and starts their gradients at zero. Heads that share keys
+  /// take these once and then each its values.
   void load(matrix_view<const S> k, matrix_view<const S> v, S scale) {
-    LITHE_ASSERT(k.rows() <= attention_keys && v.rows() == k.rows());
+    load_keys(k, scale);
+    load_values(v);
+  }
+  void load_keys(matrix_view<const S> k, S scale) {
+    LITHE_ASSERT(k.rows() <= attention_keys);
     count_ = k.rows();
     scale_ = scale;
     detail::tile::pad_rows(k, keys_.data(), scale);
     detail::tile::pack_scaled_transposed(k, keys_transposed_.data(), scale);
-    detail::tile::pack_scaled_transposed(v, values_transposed_.data(), S(1));
     dk_.map().setZero();
+  }
+  void load_values(matrix_view<const S> v) {
+    LITHE_ASSERT(v.rows() == count_);
+    detail::tile::pack_scaled_transposed(v, values_transposed_.data(), S(1));
     dv_.map().setZero();
   }
 
@@ -96,10 +104,15 @@ class key_gradient_tile {
 
   /// Writes the gradients of the tile's keys and values.
   void finish(matrix_view<S> dk, matrix_view<S> dv) const {
-    for (index_t i = 0; i < count_; ++i) {
+    finish_keys(dk);
+    finish_values(dv);
+  }
+  void finish_keys(matrix_view<S> dk) const {
+    for (index_t i = 0; i < count_; ++i)
       for (index_t j = 0; j < D_; ++j) dk(i, j) = scale_ * dk_.row(i)[j];
-      std::copy_n(dv_.row(i), V_, dv.row(i));
-    }
+  }
+  void finish_values(matrix_view<S> dv) const {
+    for (index_t i = 0; i < count_; ++i) std::copy_n(dv_.row(i), V_, dv.row(i));
   }
 
  private:
