@@ -1,0 +1,192 @@
+#pragma once
+
+#include "lithe/layers/attention/collaborative_base.hpp"
+#include "lithe/layers/attention/key_value_cache.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// Collaborative multi-head attention over each sequence (arXiv 2006.16362, equation 6): queries and keys are projected once, to a width r
+/// that all heads share, and head h weighs the shared dimensions with its row m_h of the mixing matrix. With q = x Wqᵀ (+ bq), k = x Wkᵀ,
+/// c = x Bᵀ, v = x Wvᵀ + bv:
+///
+///     o_h = softmax(scale (q diag(m_h) kᵀ + 1 c_hᵀ) + bias) v_h,      y = concat(o_h) Woᵀ + bo
+///
+/// x [T x inputs], y [T x outputs]; Wq, Wk [r x inputs], M [heads x r], B [heads x inputs], Wv [value_width x inputs]. The content bias c
+/// is what remains of the biases of separate heads (a key's bias cancels in the softmax). Plain multi-head attention is r = inputs with
+/// `concatenate`. Masks, segments and padding are those of `attention`; dropout acts on the weights behind the softmax. What published
+/// blocks put around it is composed: sequential<residual<sequential<collaborative_attention, dropout>>, layer_norm>.
+///
+/// Throws config_error, shape_error, state_error as `attention` does.
+template <std::floating_point S>
+struct collaborative_attention : detail::collaborative_base<S> {
+  using base = detail::collaborative_base<S>;
+  using base::config;
+  using typename base::gradient;
+  using typename base::record;
+
+  collaborative_attention() = default;
+  collaborative_attention(collaborative_attention_config c, rng_key random) : base(who, c, c.inputs, random) {}
+
+  shape output_shape(matrix_view<const S> x) const {
+    require_features(who, config.inputs, x);
+    return {x.rows(), config.outputs};
+  }
+
+  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const { forward(x, attention_bias<S>{}, y, ctx); }
+  void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const { forward(x, attention_bias<S>{}, y, r, ctx); }
+  void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    backward(x, attention_bias<S>{}, r, dy, dx, g, ctx);
+  }
+
+  // The same with an additive bias [H T x T].
+  void forward(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<S> y, const context& ctx) const {
+    this->run_forward(checked(x, bias, y, ctx), x, x, y, ctx);
+  }
+  void forward(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<S> y, record& r, const context& ctx) const {
+    this->run_forward(checked(x, bias, y, ctx), x, x, y, r, ctx);
+  }
+  void backward(matrix_view<const S> x, const attention_bias<S>& bias, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
+                const context& ctx) const {
+    require_shape(who, "dx", dx, x.rows(), x.cols());
+    this->run_backward(checked(x, bias, dy, ctx), x, x, r, dy, dx, dx, g, ctx);
+  }
+
+  /// For each token one key of width r for all heads, a content bias for each head, and the heads' values.
+  struct cache {
+    key_value_cache<S> slots;  // which sequence stands where; its own keys and values are empty
+    matrix<S> keys;            ///< (place, token) by row
+    matrix<S> content;         ///< (place, head) by row, a column for each token
+    matrix<S> values;          ///< (place, head, token) by row
+  };
+
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
+    cache c{.slots = {who, slots, capacity, 0, 1}, .keys = {}, .content = {}, .values = {}};
+    c.keys.resize(slots * capacity, config.key_width);
+    c.content.resize(slots * this->contents(), capacity);
+    c.values.resize(slots * config.heads * capacity, value_width());
+    return c;
+  }
+
+  /// The outputs of new rows, which follow what their slots hold; they are appended. As `attention::decode`.
+  void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    const shape out = output_shape(x);
+    require_shape(who, "y", y, out.rows, out.cols);
+    const index_t T = x.rows();
+    append(x, c, ctx);
+    const scratch<S> q(ctx, T, config.key_width), o(ctx, config.projected ? T : 0, config.value_width);
+    const matrix_view<S> to = config.projected ? o.view() : y;
+    this->query.forward(x, q.view(), ctx);
+    const index_t sequences = ctx.rows.count();
+    if (sequences == 1)
+      attend_cached(0, q.view(), to, c, ctx);
+    else
+      ctx.exec->run(sequences, 1, [&](index_t first, index_t last) {
+        for (index_t s = first; s < last; ++s) attend_cached(s, q.view(), to, c, ctx);
+      });
+    this->mask_heads(to, ctx);
+    if (config.projected) this->output.forward(o.view(), y, ctx);
+  }
+  /// Appends the keys, content biases and values of x only.
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    output_shape(x);
+    append(x, c, ctx);
+  }
+  /// Forgets all but the first `length` tokens of a slot.
+  void truncate(cache& c, index_t slot, index_t length) const { c.slots.truncate(who, slot, length); }
+  /// Slot i becomes what slot order[i] was.
+  void permute(cache& c, std::span<const index_t> order) const {
+    const index_t H = config.heads, B = this->contents(), capacity = c.slots.capacity;
+    c.slots.permute(who, order, [&](index_t from, index_t to, index_t n) {
+      c.keys.middleRows(to * capacity, n) = c.keys.middleRows(from * capacity, n);
+      c.content.middleRows(to * B, B).leftCols(n) = c.content.middleRows(from * B, B).leftCols(n);
+      for (index_t h = 0; h < H; ++h) c.values.middleRows((to * H + h) * capacity, n) = c.values.middleRows((from * H + h) * capacity, n);
+    });
+  }
+
+ private:
+  static constexpr const char* who = "collaborative_attention";
+
+  [[nodiscard]] index_t value_width() const { return config.value_width / config.heads; }
+
+  template <class T>
+  detail::collaborative_heads<S> checked(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<T> y, const context& ctx) const {
+    const shape out = output_shape(x);
+    require_shape(who, "y", y, out.rows, out.cols);
+    auto h = this->heads(who, x.rows(), x.rows(), ctx.rows, bias, ctx);
+    h.plain.valid = ctx.mask;
+    return h;
+  }
+
+  static index_t place(const cache& c, index_t slot) { return c.slots.place[static_cast<std::size_t>(slot)]; }
+  matrix_view<S> keys(cache& c, index_t at) const { return matrix_view<S>(c.keys).slice_rows(at * c.slots.capacity, c.slots.capacity); }
+  matrix_view<S> values(cache& c, index_t at, index_t h) const {
+    return matrix_view<S>(c.values).slice_rows((at * config.heads + h) * c.slots.capacity, c.slots.capacity);
+  }
+  void append(matrix_view<const S> x, cache& c, const context& ctx) const {
+    const index_t T = x.rows(), B = this->contents();
+    c.slots.check(who, T, ctx);
+    const scratch<S> k(ctx, T, config.key_width), b(ctx, B, T), v(ctx, T, config.value_width);
+    this->project_source(x, k.view(), b.view(), v.view(), ctx);
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, T) - i, slot = ctx.slot(s), at = place(c, slot), held = c.slots.tokens(slot);
+      keys(c, at).slice_rows(held, n).map() = k.view().slice_rows(i, n).map();
+      for (index_t h = 0; h < B; ++h) std::copy_n(b.row(h) + i, n, c.content.data() + (at * B + h) * c.slots.capacity + held);
+      for (index_t h = 0; h < config.heads; ++h)
+        values(c, at, h).slice_rows(held, n).map() = v.view().slice_rows(i, n).slice_cols(h * value_width(), value_width()).map();
+    }
+    c.slots.append(k.view(), k.view(), ctx);  // of no heads: the lengths alone
+  }
+
+  /// The new queries of one sequence.
+  void attend_cached(index_t s, matrix_view<const S> q, matrix_view<S> o, cache& c, const context& ctx) const {
+    const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, q.rows()) - i, slot = ctx.slot(s), at = place(c, slot), N = c.slots.tokens(slot);
+    const index_t H = config.heads, V = value_width();
+    if (n == 0) return;
+    const detail::collaborative_heads<S> all{{H, H, V, static_cast<S>(config.scale), config.causal}, this->mixing, 0, {}};
+    const auto k = keys(c, at).slice_rows(0, N);
+    const auto content = [&](index_t h) { return this->contents() == 0 ? nullptr : c.content.data() + (at * H + h) * c.slots.capacity; };
+    constexpr index_t few = 4;  // up to here, reading the keys costs more than the products
+    if (n > few) {
+      constexpr index_t block = detail::attention_heads<S>::block;
+      const scratch<S> log_sum_exp(ctx, H, n);
+      ctx.exec->run((n + block - 1) / block * H, 1, [&](index_t first, index_t last) {
+        for (index_t piece = first; piece < last; ++piece) {
+          const index_t h = piece % H, t = piece / H * block, m = std::min(block, n - t);
+          const scratch<S> mixed(ctx, m, q.cols());
+          all.mix(q.slice_rows(i + t, m), h, mixed.view());
+          const detail::collaborative_mask<S> mask{.plain = {.causal = config.causal, .ahead = N - n + t}, .scale = all.plain.scale, .content = content(h)};
+          attend<S>(mixed.view(), k, values(c, at, h).slice_rows(0, N), all.plain.scale, mask, o.slice_rows(i + t, m).slice_cols(h * V, V),
+                    log_sum_exp.row(h) + t, ctx);
+        }
+      });
+      return;
+    }
+    // The queries of all heads read each key once.
+    constexpr index_t together = 6, chunk = 256;
+    const scratch<S> mixed(ctx, H * n, q.cols()), scores(ctx, H * n, N);
+    for (index_t h = 0; h < H; ++h) all.mix(q.slice_rows(i, n), h, mixed.view().slice_rows(h * n, n));
+    ctx.exec->run(N, chunk, [&](index_t first, index_t last) {
+      for (index_t row = 0; row < H * n; row += together) {
+        const index_t m = std::min(together, H * n - row);
+        gemm_nt<S>(mixed.view().slice_rows(row, m), k.slice_rows(first, last - first),
+                   scores.view().slice_rows(row, m).slice_cols(first, last - first), ctx);
+      }
+    });
+    ctx.exec->run(H, 1, [&](index_t first, index_t last) {
+      for (index_t h = first; h < last; ++h) {
+        const matrix_view<S> p = scores.view().slice_rows(h * n, n);
+        for (index_t t = 0; t < n; ++t) {
+          const index_t visible = config.causal ? N - n + t + 1 : N;
+          auto weights = p.slice_cols(0, visible).row_array(t);
+          if (const S* b = content(h)) weights += typename matrix_view<const S>::row_type(b, visible);
+          weights = (all.plain.scale * (weights - weights.maxCoeff())).exp();
+          weights /= weights.sum();
+          p.slice_cols(visible, N - visible).row_array(t).setZero();
+        }
+        gemm_nn<S>(p, values(c, at, h).slice_rows(0, N), o.slice_rows(i, n).slice_cols(h * V, V), ctx);
+      }
+    });
+  }
+};
+
+}  // namespace lithe::inline LITHE_ABI
