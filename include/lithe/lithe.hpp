@@ -36,6 +36,7 @@
 #include "lithe/kernels/top_k_avx512.hpp"
 #include "lithe/kernels/top_k_portable.hpp"
 #include "lithe/layers/activations.hpp"
+#include "lithe/layers/axial_positions.hpp"
 #include "lithe/layers/cache.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/dropout.hpp"
