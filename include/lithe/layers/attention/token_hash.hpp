@@ -1,0 +1,98 @@
+#pragma once
+
+#include "lithe/kernels/hashing.hpp"
+#include "lithe/layers/initialise.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// Where buckets come from: random rotations (`hash_rotations`), signs of random projections (`hash_signs`), the caller, or nowhere: one bucket.
+enum class hash_family { rotation, sign, external, constant };
+
+/// Which tokens are hashed with the same random directions: those of a head, of a head in one sequence, or all.
+enum class direction_sharing { head, head_and_sequence, all };
+
+struct token_hash_config {
+  hash_family family = hash_family::rotation;
+  index_t rounds = 1;
+  bucket_factors buckets{};  ///< of a round; empty: by `rule`, from the length of the sequence
+  bucket_rule rule = bucket_rule::power_of_two;
+  index_t most_positions = 0;  ///< for bucket_rule::power_of_two; 0: the length of the sequence
+  gray_code gray = gray_code::inverse;
+  direction_sharing sharing = direction_sharing::head;
+};
+
+/// Hashes the queries of heads: R rounds, N directions a round, D features. Directions are standard normal, drawn anew from the context's
+/// key in every training forward and from `key` otherwise, so inference always finds the same buckets (arXiv 2001.04451, section 3).
+template <std::floating_point S>
+struct token_hash {
+  token_hash_config config;
+  rng_key key{};
+  matrix<S> given;  ///< directions [H R N x D] to use instead, (head, round, direction) by row; empty: draw
+
+  token_hash() = default;
+  token_hash(const char* who, token_hash_config c, rng_key k) : config(c), key(k) {
+    require<config_error>(c.rounds >= 1, who, ": expected at least 1 round of hashing, got ", c.rounds);
+    require<config_error>(c.most_positions >= 0, who, ": expected most_positions of 0 (the length) or more, got ", c.most_positions);
+    if (!c.buckets.empty()) check(who, c.buckets);
+  }
+
+  /// The buckets of a sequence of `length` tokens in chunks. Throws config_error if the ids do not fit `bucket_t`.
+  [[nodiscard]] bucket_factors buckets(const char* who, index_t length, index_t chunk) const {
+    if (config.family == hash_family::constant) return {1};
+    if (!config.buckets.empty()) return config.buckets;
+    const bucket_factors f = automatic_buckets(config.rule, length, chunk, config.most_positions);
+    check(who, f);
+    return f;
+  }
+  /// Directions a round.
+  [[nodiscard]] index_t directions(const bucket_factors& f) const {
+    if (config.family == hash_family::rotation) return f.directions();
+    return config.family == hash_family::sign ? static_cast<index_t>(std::bit_width(static_cast<std::uint64_t>(f.total()))) - 1 : 0;
+  }
+
+  /// The directions of a head in a sequence, to [R N x D]; all heads and sequences may have the same.
+  void draw(const char* who, index_t head, index_t sequence, const bucket_factors& f, matrix_view<S> to, const context& ctx) const {
+    const index_t n = config.rounds * directions(f);
+    LITHE_ASSERT(to.rows() == n);
+    if (given.size() != 0) {
+      require<shape_error>(given.rows() >= (head + 1) * n && given.rows() % n == 0 && given.cols() == to.cols(), who, ": expected given directions of ", n,
+                           " rows a head and ", to.cols(), " columns, got ", to_text(given.rows(), given.cols()));
+      to.map() = given.middleRows(head * n, n);
+      return;
+    }
+    rng_key k = ctx.train ? ctx.key.child(directions_child) : key;
+    if (config.sharing != direction_sharing::all) k = k.child(static_cast<std::uint64_t>(head));
+    if (config.sharing == direction_sharing::head_and_sequence) k = k.child(static_cast<std::uint64_t>(sequence));
+    ctx.exec->run(n, 16, [&](index_t first, index_t last) {
+      for (index_t i = first; i < last; ++i) fill_normal<S>(to.slice_rows(i, 1), 1.0, k.child(static_cast<std::uint64_t>(i)));
+    });
+  }
+  /// ids [R x T] of the queries q [T x D] by `directions` from `draw`.
+  void hash(matrix_view<const S> q, matrix_view<const S> directions, const bucket_factors& f, matrix_view<bucket_t> ids, const context& ctx) const {
+    if (config.family == hash_family::rotation) hash_rotations<S>(q, directions, f, ids, ctx);
+    if (config.family == hash_family::sign) hash_signs<S>(q, directions, config.gray, ids, ctx);
+    if (config.family == hash_family::constant)
+      for (index_t r = 0; r < ids.rows(); ++r) std::fill_n(ids.row(r), ids.cols(), bucket_t{0});
+  }
+
+  void check(const char* who, const bucket_factors& f) const {
+    require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected at most ", max_buckets, " buckets a round, got ", product_of(f));
+    if (config.family == hash_family::rotation)
+      for (const index_t n : f.span())
+        require<config_error>(n >= 2 && n % 2 == 0, who, ": expected every bucket count to be even and at least 2 for random rotations, got ", product_of(f));
+    if (config.family == hash_family::sign)
+      require<config_error>(f.total() >= 2 && std::has_single_bit(static_cast<std::uint64_t>(f.total())), who,
+                            ": expected a power of 2 of at least 2 buckets for a sign hash, got ", product_of(f));
+  }
+
+ private:
+  static constexpr std::uint64_t directions_child = 0x6469726563740001;  // apart from the small numbers of other draws
+
+  static std::string product_of(const bucket_factors& f) {
+    std::string s;
+    for (const index_t n : f.span()) s += concat(s.empty() ? "" : " x ", n);
+    return s;
+  }
+};
+
+}  // namespace lithe::inline LITHE_ABI
