@@ -19,6 +19,7 @@ struct context {
   double auxiliary = 1;                        ///< backward adds this times the gradient of the layers' own losses (layers/record.hpp)
   bool train = false;                          ///< dropout draws, batch norm uses batch statistics
   bool replay = false;                         ///< forward keeps the choices in its record instead of choosing again
+  index_t first_row = 0;                       ///< of a chunk: the number of its first row in the whole call, from which draws are counted
 
   /// The context of the i-th child: the same but for the key.
   [[nodiscard]] context child(std::uint64_t i) const {
@@ -32,6 +33,13 @@ struct context {
     c.rows = {};
     c.mask = {};
     c.slots = {};
+    return c;
+  }
+  /// The same for the rows from `first` on of a call that a position-wise layer is given in chunks: its values are those of the whole.
+  [[nodiscard]] context chunk(index_t first, index_t n) const {
+    context c = position_wise();
+    c.first_row = first_row + first;
+    if (!mask.empty()) c.mask = mask.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
     return c;
   }
   [[nodiscard]] index_t slot(index_t sequence) const {

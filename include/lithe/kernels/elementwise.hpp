@@ -18,6 +18,13 @@ void add(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
                 [&](index_t first, index_t last) { y.slice_rows(first, last - first).map() += x.slice_rows(first, last - first).map(); });
 }
 
+/// y -= x.
+template <class S>
+void subtract(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
+  ctx.exec->run(x.rows(), detail::grain_rows(x.cols()),
+                [&](index_t first, index_t last) { y.slice_rows(first, last - first).map() -= x.slice_rows(first, last - first).map(); });
+}
+
 /// Every row of y += b, b [1 x cols].
 template <class S>
 void add_to_rows(matrix_view<const S> b, matrix_view<S> y, const context& ctx) {

@@ -136,12 +136,11 @@ loss_result cross_entropy_by_chunks(const L& output, matrix_view<const typename 
   chunk = std::min(chunk, h.rows());
   const scratch<S> room(ctx, chunk, classes);
   const scratch<double> losses(ctx, h.rows());
-  context c = ctx.position_wise();  // segments would not fit a chunk
   record_of<L> record;
   for (index_t first = 0; first < h.rows(); first += chunk) {
     const index_t n = std::min(chunk, h.rows() - first);
     const auto at = static_cast<std::size_t>(first), count = static_cast<std::size_t>(n);
-    if (!ctx.mask.empty()) c.mask = ctx.mask.subspan(at, count);
+    const context c = ctx.chunk(first, n);
     const matrix_view<S> logits = room.view().slice_rows(0, n);
     if (train)
       output.forward(h.slice_rows(first, n), logits, record, c);
@@ -157,8 +156,8 @@ loss_result cross_entropy_by_chunks(const L& output, matrix_view<const typename 
 
 /// Cross entropy of output(h) without ever holding all logits: the rows of h [T x D] go through the position-wise layer `output`
 /// (D -> V features, a `linear` as a rule), the loss and back in chunks, so that memory is chunk * V numbers instead of T * V. The
-/// values are those of forward, `cross_entropy` and backward in turn. dh [T x D] is overwritten, g added to. The layer must
-/// not draw random numbers. Throws as `cross_entropy` does, and config_error for chunks below one row.
+/// values are those of forward, `cross_entropy` and backward in turn. dh [T x D] is overwritten, g added to. What the layer
+/// draws (dropout) does not depend on the chunks. Throws as `cross_entropy` does, and config_error for chunks below one row.
 template <layer L>
 loss_result chunked_cross_entropy(const L& output, matrix_view<const typename L::scalar> h, std::span<const token_t> targets,
                                   const cross_entropy_options& o, matrix_view<typename L::scalar> dh, gradient_of<L>& g, const context& ctx = {},

@@ -1,0 +1,140 @@
+#pragma once
+
+#include "lithe/kernels/elementwise.hpp"
+#include "lithe/layers/cache.hpp"
+#include "lithe/layers/norms.hpp"
+
+// T tokens, D features of one stream
+namespace lithe::inline LITHE_ABI {
+
+/// A part that adds itself to a stream, and takes itself away again while it passes gradients back, in less memory than its record
+/// and a copy of the stream need (attention that works head by head). x, y, dy and dx are [T x D] and do not overlap.
+///
+///     add_to(x, y, r, ctx)                  // y += f(x); r keeps the choices alone
+///     reverse(x, y, r, dy, dx, g, ctx)      // y -= f(x), dx += f'(x)ᵀ dy, g added to
+template <class L>
+concept fused_part = has_parameters<L> && requires(const L l, matrix_view<const typename L::scalar> x, matrix_view<typename L::scalar> y, record_of<L> r,
+                                                   const record_of<L> cr, gradient_of<L> g, const context& ctx) {
+                       l.add_to(x, y, r, ctx);
+                       l.reverse(x, y, cr, x, y, g, ctx);
+                     };
+
+namespace detail {
+
+/// As explain_layer, for parts that may need a memory.
+template <class L>
+consteval bool explain_part() {
+  if constexpr (conditioned_layer<L>)
+    return true;
+  else
+    return explain_layer<L>();
+}
+
+/// The second input of conditioned parts and where its gradient is added. Other parts do not look.
+template <class S>
+struct conditioning {
+  memory_view<S> memory{};
+  matrix_view<S> gradient{};
+};
+
+template <class L, class S>
+void forward_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, matrix_view<S> y, const context& ctx) {
+  if constexpr (conditioned_layer<L>)
+    l.forward(x, m.memory, y, ctx);
+  else
+    l.forward(x, y, ctx);
+}
+template <class L, class S>
+void forward_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, matrix_view<S> y, record_of<L>& r, const context& ctx) {
+  if constexpr (conditioned_layer<L>)
+    l.forward(x, m.memory, y, r, ctx);
+  else
+    l.forward(x, y, r, ctx);
+}
+template <class L, class S>
+void backward_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, const record_of<L>& r, matrix_view<const S> dy, matrix_view<S> dx,
+                   gradient_of<L>& g, const context& ctx) {
+  if constexpr (conditioned_layer<L>)
+    l.backward(x, m.memory, r, dy, dx, m.gradient, g, ctx);
+  else
+    l.backward(x, r, dy, dx, g, ctx);
+}
+
+/// f(first row, rows, number of the chunk, its context): position-wise parts go in chunks (0: whole), others whole.
+template <class L, class F>
+void each_chunk(index_t rows, index_t chunk, const context& ctx, F&& f) {
+  if (looks_across_tokens<L> || conditioned_layer<L> || chunk == 0 || chunk >= rows) return f(index_t{0}, rows, std::size_t{0}, ctx);
+  for (index_t first = 0; first < rows; first += chunk) {
+    const index_t n = std::min(chunk, rows - first);
+    f(first, n, static_cast<std::size_t>(first / chunk), ctx.chunk(first, n));
+  }
+}
+template <class L>
+[[nodiscard]] std::size_t count_chunks(index_t rows, index_t chunk) {
+  const bool whole = looks_across_tokens<L> || conditioned_layer<L> || chunk == 0 || chunk >= rows;
+  return whole ? 1 : static_cast<std::size_t>((rows + chunk - 1) / chunk);
+}
+
+/// y += f(x). The records, one for each chunk, are left with their choices; none: nothing is kept.
+template <class L, class S>
+void add_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, matrix_view<S> y, std::vector<record_of<L>>* records, index_t chunk,
+              const context& ctx) {
+  const std::size_t chunks = count_chunks<L>(x.rows(), chunk);
+  if (records != nullptr) records->resize(chunks);
+  if constexpr (fused_part<L>) {
+    if (records != nullptr) return l.add_to(x, y, records->front(), ctx);
+  }
+  const scratch<S> room(ctx, chunks == 1 ? x.rows() : chunk, x.cols());
+  each_chunk<L>(x.rows(), chunk, ctx, [&](index_t first, index_t n, std::size_t i, const context& c) {
+    const matrix_view<S> out = room.view().slice_rows(0, n);
+    if (records != nullptr) {
+      forward_part(l, x.slice_rows(first, n), m, out, (*records)[i], c);
+      forget((*records)[i]);
+    } else {
+      forward_part(l, x.slice_rows(first, n), m, out, c);
+    }
+    add<S>(out, y.slice_rows(first, n), c);
+  });
+}
+
+/// y -= f(x), dx += f'(x)ᵀ dy: the part runs again with the choices it made.
+template <class L, class S>
+void reverse_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, matrix_view<S> y, const std::vector<record_of<L>>& records,
+                  matrix_view<const S> dy, matrix_view<S> dx, gradient_of<L>& g, index_t chunk, const context& ctx) {
+  const std::size_t chunks = count_chunks<L>(x.rows(), chunk);
+  require<state_error>(records.size() == chunks, "reversible: expected the record of a forward of these ", x.rows(), " rows in ", chunks,
+                       " chunks, got one of ", records.size());
+  if constexpr (fused_part<L>) {
+    l.reverse(x, y, records.front(), dy, dx, g, ctx);
+  } else {
+    const scratch<S> room(ctx, chunks == 1 ? x.rows() : chunk, x.cols());
+    each_chunk<L>(x.rows(), chunk, ctx, [&](index_t first, index_t n, std::size_t i, const context& c) {
+      const matrix_view<S> out = room.view().slice_rows(0, n);
+      record_of<L> again = records[i];
+      forward_part(l, x.slice_rows(first, n), m, out, again, c);
+      subtract<S>(out, y.slice_rows(first, n), c);
+      backward_part(l, x.slice_rows(first, n), m, again, dy.slice_rows(first, n), out, g, c);
+      add<S>(out, dx.slice_rows(first, n), c);
+    });
+  }
+}
+
+/// Whether a batch norm is anywhere inside.
+template <class L>
+[[nodiscard]] bool has_batch_norm(const L& l) {
+  if constexpr (std::same_as<L, batch_norm<typename L::scalar>>) {
+    return l.weight.size() != 0;
+  } else {
+    bool found = false;
+    L::visit(
+        [&](const field&, const auto& part) {
+          if constexpr (has_parameters<std::remove_cvref_t<decltype(part)>>) found = found || has_batch_norm(part);
+        },
+        l);
+    return found;
+  }
+}
+
+}  // namespace detail
+
+}  // namespace lithe::inline LITHE_ABI
