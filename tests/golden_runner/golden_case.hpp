@@ -106,6 +106,8 @@ void run_lsh(golden_case<S>& c);
 template <class S>
 void run_optimiser(golden_case<S>& c);
 template <class S>
+void run_ultra_mem(golden_case<S>& c);
+template <class S>
 void run_loss(golden_case<S>& c);
 template <class S>
 void run_exits(golden_case<S>& c);

@@ -61,7 +61,7 @@ template <class F, class L, class G>
 void for_each_parameter(F&& f, L& model, G& gradient) {
   for_each_tensor(
       [&](const std::string& name, role kind, auto& p, auto& q) {
-        if constexpr (real_tensor<decltype(p)>)
+        if constexpr (real_tensor<decltype(p)> && !std::same_as<std::remove_cvref_t<decltype(q)>, nothing>)  // state may have no gradient
           if (kind == role::parameter) f(name, p, q);
       },
       model, gradient);

@@ -1,0 +1,117 @@
+#pragma once
+
+#include "lithe/kernels/causal_conv.hpp"
+#include "lithe/layers/cost.hpp"
+#include "lithe/layers/initialise.hpp"
+
+// T tokens, D features, W taps
+namespace lithe::inline LITHE_ABI {
+
+/// The depthwise convolution before UltraMem's query (arXiv 2411.12364 section 3.1): y_t = Σ_τ w_τ ⊙ x_{t-W+1+τ} within each sequence, x and y
+/// [T x D], no bias. Without taps y = x. The cache keeps a sequence's inputs, because `truncate` may go back behind the last W - 1.
+///
+/// Starts as the identity plus N(0, 0.02): the original's start is not published. Throws shape_error, index_error, state_error.
+template <std::floating_point S>
+struct query_convolution {
+  using scalar = S;
+  struct record {};
+  struct gradient {
+    matrix<S> weight;
+  };
+  struct cache {
+    matrix<S> rows;  // [slots capacity x D]
+    std::vector<index_t> length;
+    index_t capacity = 0;
+  };
+
+  matrix<S> weight;  // [W x D], the newest row last
+
+  query_convolution() = default;
+  query_convolution(index_t width, index_t features, rng_key key) : weight(width, features) {
+    require<config_error>(width >= 0, "query_convolution: expected a width of 0 (none) or more, got ", width);
+    fill_normal<S>(weight, 0.02, key);
+    if (width > 0) weight.row(width - 1).array() += S(1);
+  }
+  [[nodiscard]] bool none() const { return weight.rows() == 0; }
+
+  shape output_shape(matrix_view<const S> x) const {
+    require_features("query_convolution", weight.cols(), x);
+    return {x.rows(), x.cols()};
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    if (none()) return copy<S>(x, y, ctx);
+    ctx.rows.check("query_convolution", x.rows());
+    causal_conv<S>(x, weight, y, ctx);
+  }
+  void forward(matrix_view<const S> x, matrix_view<S> y, record&, const context& ctx) const { forward(x, y, ctx); }
+  void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    if (none()) return copy<S>(dy, dx, ctx);
+    dx.map().setZero();
+    add_backward(x, dy, dx, g, ctx);
+  }
+  /// The same, but dx is added to. Needs taps.
+  void add_backward(matrix_view<const S> x, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    causal_conv_backward<S>(x, weight, dy, dx, g.weight, ctx);
+  }
+
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
+    if (none()) return {};
+    return {matrix<S>::Zero(slots * capacity, weight.cols()), std::vector<index_t>(static_cast<std::size_t>(slots)), capacity};
+  }
+  /// y for the new rows x of each sequence, after what the cache holds.
+  void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    if (none()) return copy<S>(x, y, ctx);
+    const index_t before = weight.rows() - 1;
+    fill(x, c, ctx);
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t first = ctx.rows.begin(s), n = ctx.rows.end(s, x.rows()) - first, slot = ctx.slot(s);
+      const index_t length = c.length[static_cast<std::size_t>(slot)], past = std::min(before, length - n);
+      const scratch<S> out(ctx, past + n, x.cols());
+      causal_conv<S>(view(std::as_const(c.rows)).slice_rows(slot * c.capacity + length - n - past, past + n), weight, out, ctx.position_wise());
+      copy<S>(matrix_view<const S>(out).slice_rows(past, n), y.slice_rows(first, n), ctx);
+    }
+  }
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    if (none()) return;
+    ctx.rows.check("query_convolution", x.rows());
+    require<state_error>(ctx.mask.empty(), "query_convolution: decoding takes no padding; leave the rows out");
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t first = ctx.rows.begin(s), n = ctx.rows.end(s, x.rows()) - first, slot = ctx.slot(s);
+      index_t& length = length_of(c, slot);
+      require<state_error>(length + n <= c.capacity, "query_convolution: slot ", slot, " holds ", length, " of ", c.capacity, " tokens; ", n,
+                           " more do not fit");
+      copy<S>(x.slice_rows(first, n), matrix_view<S>(c.rows).slice_rows(slot * c.capacity + length, n), ctx);
+      length += n;
+    }
+  }
+  void truncate(cache& c, index_t slot, index_t length) const {
+    if (!none()) length_of(c, slot) = std::min(length_of(c, slot), length);
+  }
+  void permute(cache& c, std::span<const index_t> order) const {
+    if (none()) return;
+    const cache old = c;
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      c.length[i] = length_of(old, order[i]);
+      c.rows.middleRows(static_cast<index_t>(i) * c.capacity, c.capacity) = old.rows.middleRows(order[i] * c.capacity, c.capacity);
+    }
+  }
+
+  [[nodiscard]] cost forward_cost(index_t) const {
+    const double n = static_cast<double>(weight.size());
+    return {n, 2 * n, n * sizeof(S)};
+  }
+  template <class F, class... T>
+  static void visit(F&& f, T&... s) {
+    f("weight", s.weight...);
+  }
+
+ private:
+  template <class C>
+  static auto& length_of(C& c, index_t slot) {
+    require<index_error>(slot >= 0 && slot < static_cast<index_t>(c.length.size()), "query_convolution: expected a slot below ", c.length.size(), ", got ",
+                         slot);
+    return c.length[static_cast<std::size_t>(slot)];
+  }
+};
+
+}  // namespace lithe::inline LITHE_ABI
