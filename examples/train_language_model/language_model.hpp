@@ -34,15 +34,16 @@ struct model_config {
   std::vector<index_t> memory_at{1};       ///< blocks, counted from 0, that hold a memory
   index_t layers = 3, features = 128, heads = 4, hidden = 512, context = 256;
   index_t sub_keys = 256, memory_heads = 4, key_width = 64, top_k = 16;
+  bool batch_norm = true;  ///< of the memory's queries
   double dropout = 0;
   std::uint64_t seed = 1;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(model_config, feed_forward, memory_placement, objective, memory_at, layers, features, heads, hidden, context, sub_keys,
-                                   memory_heads, key_width, top_k, dropout, seed)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(model_config, feed_forward, memory_placement, objective, memory_at, layers, features, heads, hidden, context, sub_keys,
+                                   memory_heads, key_width, top_k, batch_norm, dropout, seed)
 
 inline lithe::product_key_memory_config memory_config(const model_config& c) {
   lithe::product_key_memory_config m{.inputs = c.features, .heads = c.memory_heads, .sub_keys = c.sub_keys, .key_width = c.key_width, .top_k = c.top_k};
-  m.query.norm = lithe::query_normalisation::batch;
+  if (c.batch_norm) m.query.norm = lithe::query_normalisation::batch;
   if (c.feed_forward == "flat") {  // as many slots, each with a key of its own
     m.flat = true;
     m.sub_keys = c.sub_keys * c.sub_keys;

@@ -1,0 +1,59 @@
+#pragma once
+
+// Small language models on the bundled text, for the tables that compare them.
+
+#include "table.hpp"
+#include "trainer.hpp"
+
+namespace tables {
+
+/// What a trained model comes to.
+struct outcome {
+  index_t parameters;
+  double bits_per_byte, training_rate, inference_rate;  // tokens a second
+  lithe::usage_report usage{};                          // of its memories, if it has any
+};
+
+inline const corpus& bundled_text(index_t context) {
+  static const corpus text(LITHE_DATA "/kjv_new_testament.txt", context);
+  return text;
+}
+
+/// Trains a model from its seed and evaluates it on held-out text; tell(share) hears how far it is.
+inline outcome train(const model_config& c, const training_config& r, const lithe::context& ctx, const std::function<void(double)>& tell) {
+  const corpus& data = bundled_text(c.context);
+  trainer t("", c, r);
+  while (t.step < r.steps) {
+    t.train_step(data, r, ctx);
+    tell(static_cast<double>(t.step) / static_cast<double>(r.steps));
+  }
+  lithe::prepack(t.model);
+  const auto e = t.evaluate(data, ctx, nullptr);
+  outcome o{lithe::count_parameters(t.model), e.bits_per_byte, static_cast<double>(t.tokens) / t.seconds, e.tokens_per_second};
+  if (c.feed_forward == "dense") return o;
+  lithe::usage_meter meter(memory_config(c).flat ? memory_config(c).sub_keys : c.sub_keys * c.sub_keys);
+  t.evaluate(data, ctx, &meter);
+  o.usage = meter.report();
+  return o;
+}
+
+/// A model of a table and the name of its row.
+struct contender {
+  std::string name;
+  model_config config;
+};
+
+/// row(contender, outcome) for each of them in turn, with a progress line.
+inline void compare(const std::vector<contender>& all, const training_config& r, const options& o,
+                    const std::function<void(const contender&, const outcome&)>& row) {
+  const lithe::parallel_executor exec(o.workers);
+  lithe::workspace work(exec);
+  const lithe::context ctx{.exec = &exec, .work = &work};
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    contender c = all[i];
+    c.config.seed = o.seed;
+    row(c, train(c.config, r, ctx, [&](double share) { progress(c.name, (static_cast<double>(i) + share) / static_cast<double>(all.size())); }));
+  }
+}
+
+}  // namespace tables

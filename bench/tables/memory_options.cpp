@@ -1,0 +1,40 @@
+// Size, heads, k and batch norm of a memory layer against its use and the model's quality (arXiv 1907.05242 section 4.6, tables 2 to 4).
+#include "language.hpp"
+
+namespace {
+
+tables::table make(const tables::options& o) {
+  const auto model = [](index_t sub_keys, index_t heads, index_t top_k, bool batch_norm) {
+    model_config c;
+    c.sub_keys = sub_keys;
+    c.memory_heads = heads;
+    c.top_k = top_k;
+    c.batch_norm = batch_norm;
+    return tables::contender{lithe::concat(sub_keys, "² slots, ", heads, " heads, k = ", top_k, batch_norm ? "" : ", no batch norm"), c};
+  };
+  const std::vector<tables::contender> all{model(64, 4, 16, true),  model(128, 4, 16, true), model(256, 4, 16, true), model(256, 4, 16, false),
+                                           model(256, 1, 16, true), model(256, 2, 16, true), model(256, 4, 4, true),  model(256, 4, 32, true)};
+  training_config r;
+  r.steps = o.pick<index_t>(5, 300, 1600);
+  tables::table t{
+      .title = "Options of a memory layer",
+      .source = "arXiv 1907.05242 section 4.6, figures 5, 6, tables 2 to 4",
+      .question =
+          lithe::concat(r.steps, " steps of ", r.batch, " x 256 bytes: how much of the table is used on held-out text, and what it is worth."),
+      .columns = {"memory", "slots", "heads", "k", "batch norm", "bits per byte", "used %", "KL to uniform", "training tokens/s"},
+      .figures = {{.title = "Held-out bits per byte", .x = "memory", .y = "bits per byte"}, {.title = "Slots in use", .x = "memory", .y = "used %"}}};
+  double with = 0, without = 0;
+  tables::compare(all, r, o, [&](const tables::contender& c, const tables::outcome& x) {
+    const model_config& m = c.config;
+    t.row({c.name, m.sub_keys * m.sub_keys, m.memory_heads, m.top_k, m.batch_norm ? "yes" : "no", x.bits_per_byte, x.usage.counted.used,
+           x.usage.weighted.kl_to_uniform, x.training_rate});
+    if (m.sub_keys == 256 && m.memory_heads == 4 && m.top_k == 16) (m.batch_norm ? with : without) = x.usage.counted.used;
+  });
+  t.shown = with > without;
+  t.finding = lithe::concat("With batch norm on the query ", with, " % of the slots are used, without it ", without, " %.");
+  return t;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return tables::main_of(argc, argv, make); }
