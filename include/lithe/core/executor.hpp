@@ -11,6 +11,7 @@ namespace lithe::inline LITHE_ABI {
 /// A reference to a callable, for arguments that do not outlive the call: two words, no allocation.
 template <class Signature>
 class function_ref;
+/// For callables that take A... and return R.
 template <class R, class... A>
 class function_ref<R(A...)> {
  public:

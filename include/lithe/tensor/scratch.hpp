@@ -6,7 +6,7 @@
 namespace lithe::inline LITHE_ABI {
 
 /// Uninitialised memory for the length of a scope: from the arena of the calling worker, or from the heap if the context has no
-/// workspace. Reads as a matrix_view<S> [rows x cols] (rows follow one another, start aligned to 64 bytes) or as a span.
+/// workspace. Reads as a `matrix_view<S>` [rows x cols] (rows follow one another, start aligned to 64 bytes) or as a span.
 template <class S>
 class scratch {
   static_assert(std::is_trivially_destructible_v<S>);

@@ -15,6 +15,7 @@ struct gradient_check_options {
   rng_key key{0x6c69};   ///< draws the upstream gradient and the numbers to check
 };
 
+/// What a gradient check found, tensor by tensor.
 struct gradient_check_report {
   struct tensor {
     std::string name;          ///< "x", "memory", a parameter's name, or "y without a record", "y replayed"

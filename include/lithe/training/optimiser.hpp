@@ -116,7 +116,7 @@ class optimiser {
   /// The number of steps taken.
   [[nodiscard]] std::int64_t steps() const { return steps_; }
 
-  /// f(name, x) for all that resuming needs: "steps", a number, and the moments, each a matrix_view<S> to read or to write. A run
+  /// f(name, x) for all that resuming needs: "steps", a number, and the moments, each a `matrix_view<S>` to read or to write. A run
   /// that is resumed from them goes on with the same bits.
   template <class F>
   void visit_state(F&& f) {
