@@ -1,10 +1,17 @@
 #include "golden_runner/golden_case.hpp"
+#include "lithe/compose/adaptive_depth_generate.hpp"
+#include "lithe/compose/residual.hpp"
+#include "lithe/compose/sequential.hpp"
+#include "lithe/layers/attention/attention.hpp"
+#include "lithe/layers/embedding.hpp"
+#include "lithe/layers/feed_forward.hpp"
 #include "lithe/layers/halting.hpp"
 #include "lithe/layers/halting_sequence.hpp"
 #include "lithe/layers/parameters.hpp"
 #include "lithe/training/exit_calibration.hpp"
 #include "lithe/training/exit_losses.hpp"
 #include "lithe/training/exit_targets.hpp"
+#include "lithe/training/exit_training.hpp"
 
 namespace golden {
 
@@ -263,6 +270,221 @@ void run_calibration(golden_case<S>& c) {
   c.compare("output.accepted", std::vector<double>{static_cast<double>(result.accepted)});
 }
 
+// The small model of the files: pre-norm, decoder only.
+template <class S>
+using small_block = sequential<residual<sequential<layer_norm<S>, attention<S>>>, residual<sequential<layer_norm<S>, feed_forward<S>>>>;
+
+template <class S>
+struct small_model {
+  embedding<S> tokens;
+  adaptive_depth<small_block<S>> stack;
+  bool tied = false;
+};
+
+/// f(file's name, tensor, others...) for every tensor of the stack.
+template <class F, class M, class... T>
+void each_named(F&& f, M& model, T&... rest) {
+  for (std::size_t i = 0; i < model.stack.blocks.size(); ++i) {
+    const std::string at = concat("blocks.", i + 1, ".");
+    const auto both = [&](const std::string& name, auto&& part) {
+      f(name + ".weight", part(model.stack.blocks[i]).weight, part(rest.stack.blocks[i]).weight...);
+      f(name + ".bias", part(model.stack.blocks[i]).bias, part(rest.stack.blocks[i]).bias...);
+    };
+    // A gradient's residual calls its inner layers `inner.layers`, as the model does; a child is found by its place.
+    const auto inner = [](auto& block, auto which, auto child) -> auto& { return std::get<child>(std::get<which>(block.layers).inner.layers); };
+    constexpr std::integral_constant<std::size_t, 0> first;
+    constexpr std::integral_constant<std::size_t, 1> second;
+    both(at + "attention_norm", [&](auto& b) -> auto& { return inner(b, first, first); });
+    both(at + "attention.query", [&](auto& b) -> auto& { return inner(b, first, second).query; });
+    both(at + "attention.key", [&](auto& b) -> auto& { return inner(b, first, second).key; });
+    both(at + "attention.value", [&](auto& b) -> auto& { return inner(b, first, second).value; });
+    both(at + "attention.output", [&](auto& b) -> auto& { return inner(b, first, second).output; });
+    both(at + "feed_forward_norm", [&](auto& b) -> auto& { return inner(b, second, first); });
+    both(at + "feed_forward.fc1", [&](auto& b) -> auto& { return inner(b, second, second).up; });
+    both(at + "feed_forward.fc2", [&](auto& b) -> auto& { return inner(b, second, second).down; });
+  }
+  const auto numbered = [](const char* one, const char* many, std::size_t count, std::size_t i) { return count == 1 ? std::string(one) : concat(many, ".", i + 1); };
+  for (std::size_t i = 0; i < model.answers.norms.size(); ++i) {
+    const auto name = numbered("final_norm", "exit_norms", model.answers.norms.size(), i);
+    f(name + ".weight", model.answers.norms[i].weight, rest.answers.norms[i].weight...);
+    f(name + ".bias", model.answers.norms[i].bias, rest.answers.norms[i].bias...);
+  }
+  for (std::size_t i = 0; i < model.answers.classifiers.size(); ++i)
+    f(numbered("classifier", "classifiers", model.answers.classifiers.size(), i) + ".weight", model.answers.classifiers[i].weight, rest.answers.classifiers[i].weight...);
+}
+
+template <class S>
+small_model<S> load_small_model(golden_case<S>& c) {
+  const auto& j = c.config;
+  const index_t N = j.at("blocks"), D = j.at("width"), V = j.at("vocab"), heads = j.at("heads");
+  const std::string positions = j.at("positions"), kind = j.at("activation"), norm = j.at("exit_norm"), classifier = j.at("classifiers");
+  const std::map<std::string, activation> activations{{"relu", activation::relu}, {"gelu", activation::gelu}};
+  if (!activations.contains(kind)) throw skipped("an activation " + kind);
+  if (positions != "learned" && positions != "rotary") throw skipped("positions of kind " + positions);
+  const bool rotary = positions == "rotary";
+  small_model<S> model;
+  model.tokens = embedding<S>({.tokens = V, .features = D, .positions = rotary ? 0 : j.at("max_positions").template get<index_t>()}, {});
+  model.tokens.weight = c.tensor("param.embedding.weight");
+  if (!rotary) model.tokens.position = c.tensor("param.positions.weight");
+  for (index_t n = 0; n < N; ++n)
+    model.stack.stack.blocks.push_back(small_block<S>(
+        {sequential(layer_norm<S>(D), attention<S>({.inputs = D, .heads = heads, .causal = true, .rotary_width = rotary ? D / heads : 0, .rotary_base = j.value("rotary_base", 10000.0)}, {}))},
+        {sequential(layer_norm<S>(D), feed_forward<S>({D, j.at("inner"), activations.at(kind)}, {}))}));
+  model.tied = classifier == "tied";
+  model.stack.answers = exit_classifiers<S>({.exits = N,
+                                             .features = D,
+                                             .classes = V,
+                                             .norm = norm == "none" ? exit_sharing::none : norm == "shared" ? exit_sharing::shared : exit_sharing::independent,
+                                             .classifier = classifier == "independent" ? exit_sharing::independent : exit_sharing::shared},
+                                            {});
+  each_named(
+      [&](const std::string& name, auto& p) {
+        if (name == "classifier.weight" && model.tied)
+          p = model.tokens.weight;
+        else
+          p = c.tensor("param." + name);
+      },
+      model.stack);
+  if (j.contains("exit_head")) {
+    const bool per_block = j.at("exit_head") == "geometric_per_block";
+    if (!per_block && j.at("exit_head") != "geometric") throw skipped("an exit head of this kind");
+    model.stack.halt = halting<S>({.exits = N, .features = D, .per_block = per_block}, {});
+    const matrix<S> w = c.tensor("param.exit.w"), b = c.tensor("param.exit.b");
+    for (std::size_t i = 0; i < model.stack.halt.heads.size(); ++i) {
+      model.stack.halt.heads[i].output.weight = w.row(static_cast<index_t>(i));
+      model.stack.halt.heads[i].output.bias(0, 0) = b(0, static_cast<index_t>(i));
+    }
+  }
+  return model;
+}
+
+template <class S>
+void compare_small_gradient(golden_case<S>& c, small_model<S>& model, gradient_of<adaptive_depth<small_block<S>>>& g, const gradient_of<embedding<S>>& ge) {
+  matrix<S> de = matrix<S>::Zero(model.tokens.weight.rows(), model.tokens.weight.cols()), dp = matrix<S>::Zero(model.tokens.position.rows(), de.cols());
+  for (index_t i = 0; i < de.rows(); ++i)
+    for (index_t k = 0; k < de.cols(); ++k) de(i, k) = ge.weight(i, k);
+  for (index_t i = 0; i < dp.rows(); ++i)
+    for (index_t k = 0; k < dp.cols(); ++k) dp(i, k) = ge.position(i, k);
+  each_named(
+      [&](const std::string& name, auto&, auto& d) {
+        if (name == "classifier.weight" && model.tied)
+          de += d;
+        else
+          c.compare("grad." + name, matrix_view<const S>(d));
+      },
+      model.stack, g);
+  c.compare("grad.embedding.weight", matrix_view<const S>(de));
+  if (dp.size() != 0) c.compare("grad.positions.weight", matrix_view<const S>(dp));
+  if (model.stack.halt.heads.empty()) return;
+  const auto heads = static_cast<index_t>(g.halt.heads.size());
+  matrix<S> dw(heads, de.cols()), db(1, heads);
+  for (index_t i = 0; i < heads; ++i) {
+    dw.row(i) = g.halt.heads[static_cast<std::size_t>(i)].output.weight;
+    db(0, i) = g.halt.heads[static_cast<std::size_t>(i)].output.bias(0, 0);
+  }
+  c.compare("grad.exit.w", matrix_view<const S>(dw));
+  c.compare("grad.exit.b", matrix_view<const S>(db));
+}
+
+template <class S>
+void run_training(golden_case<S>& c) {
+  const auto& j = c.config;
+  auto model = load_small_model(c);
+  const auto tokens = c.file.template read<token_t>("input.tokens"), targets = c.file.template read<token_t>("input.targets");
+  const auto segment = c.offsets("input.segments");
+  const auto exits = integers(c, "input.exits");
+  const auto T = static_cast<index_t>(tokens.size()), D = model.tokens.weight.cols(), V = model.tokens.weight.rows();
+  context ctx;
+  ctx.rows = {segment};
+  ctx.train = true;
+  matrix<S> x(T, D), dx(T, D);
+  model.tokens.forward(tokens, x, ctx);
+  auto g = make_gradient(model.stack);
+  auto ge = make_gradient(model.tokens);
+  exit_training_record<adaptive_depth<small_block<S>>> r;
+  exit_training_losses losses;
+  if (j.contains("sequences_of_exits")) {
+    const index_t M = j.at("sequences_of_exits");
+    matrix<S> states(M * T, D), logits(M * T, V);
+    losses = mixed_exit_step(model.stack, matrix_view<const S>(x), nothing{}, targets, M, reduce(j), j.at("ignore_index"), r, matrix_view<S>(dx), nothing{}, g, ctx, exits,
+                             [&](index_t pass, matrix_view<const S> h, matrix_view<const S> l) {
+                               states.middleRows(pass * T, T) = h.map();
+                               logits.middleRows(pass * T, T) = l.map();
+                             });
+    c.compare("output.logits", matrix_view<const S>(logits));
+    if (c.has("mid.exit_states")) c.compare("mid.exit_states", matrix_view<const S>(states));
+  } else {
+    matrix<S> logits(model.stack.exits() * T, V);
+    model.stack.forward(x, logits, ctx);
+    c.compare("output.logits", matrix_view<const S>(logits));
+    losses = aligned_exit_step(model.stack, matrix_view<const S>(x), nothing{}, targets,
+                               {.weights = c.file.template read<double>("input.weights"),
+                                .alpha = j.at("alpha"),
+                                .detach = j.at("detach"),
+                                .targets = {.ignore_index = j.at("ignore_index")},
+                                .reduce = reduce(j)},
+                               0, r, matrix_view<S>(dx), nothing{}, g, ctx, exits);
+    if (c.has("mid.exit_loss")) c.compare("mid.exit_loss", std::vector<double>{losses.exit});
+  }
+  model.tokens.backward(tokens, {}, dx, {}, ge, ctx);
+  c.compare("output.loss", std::vector<double>{losses.total});
+  compare_small_gradient(c, model, g, ge);
+}
+
+threshold_decay decay_form(const nlohmann::json& j) {
+  if (!j.contains("decay_form") || j.at("decay_form").is_null()) return threshold_decay::none;
+  return j.at("decay_form") == "paper" ? threshold_decay::paper : threshold_decay::t5x;
+}
+
+template <class S>
+void run_decode(golden_case<S>& c) {
+  const auto& j = c.config;
+  const auto model = load_small_model(c);
+  const std::map<std::string, exit_confidence> kinds{{"geometric", exit_confidence::geometric},
+                                                     {"max_prob", exit_confidence::max_prob},
+                                                     {"softmax_diff", exit_confidence::softmax_diff},
+                                                     {"state", exit_confidence::state}};
+  if (!kinds.contains(j.at("confidence"))) throw skipped("a confidence of this kind");
+  const index_t steps = j.at("max_steps");
+  std::vector<std::vector<token_t>> prompts;
+  for (const auto t : c.file.template read<token_t>("input.start")) prompts.push_back({t});
+  generation_config config{.max_steps = steps, .keep_logits = true};
+  config.end = j.at("eos").is_null() ? -1 : j.at("eos").template get<token_t>();
+  config.rule.kind = kinds.at(j.at("confidence"));
+  config.rule.thresholds = j.at("thresholds").is_number() ? std::vector<double>{j.at("thresholds").template get<double>()} : j.at("thresholds").template get<std::vector<double>>();
+  config.rule.strict = j.at("compare") == ">";
+  config.rule.decay = decay_form(j);
+  config.rule.temperature = j.value("decay_temperature", 0.0);
+  config.rule.longest = steps;
+  const auto out = generate(model.tokens, model.stack, nothing{}, prompts, config);
+  std::vector<double> tokens, exits;
+  for (std::size_t b = 0; b < prompts.size(); ++b)
+    for (std::size_t t = 0; t < static_cast<std::size_t>(steps); ++t) {
+      const bool there = t < out.tokens[b].size();
+      tokens.push_back(there ? out.tokens[b][t] : -1);
+      exits.push_back(there ? out.exits[b][t] : 0);
+    }
+  c.compare("output.tokens", tokens);
+  c.compare("output.exits", exits);
+  c.compare("output.logits", matrix_view<const S>(out.logits));
+  if (c.has("mid.projected_rows")) c.compare("mid.projected_rows", std::vector<double>{static_cast<double>(out.projected)});
+  config.rule.eager = true;
+  const auto eager = generate(model.tokens, model.stack, nothing{}, prompts, config);
+  if (eager.tokens != out.tokens || eager.exits != out.exits) throw std::runtime_error("keys and values filled at once give other tokens or exits than filled late");
+}
+
+template <class S>
+void run_decay(golden_case<S>& c) {
+  const auto thresholds = c.file.template read<double>("input.thresholds");
+  const auto steps = c.file.template read<std::int64_t>("input.steps");
+  for (const auto& [name, form] : {std::pair{"output.paper", threshold_decay::paper}, std::pair{"output.t5x", threshold_decay::t5x}}) {
+    std::vector<double> out;
+    for (const double l : thresholds)
+      for (const auto t : steps) out.push_back(decayed_threshold(form, l, c.config.at("temperature"), t, c.config.at("t_max")));
+    c.compare(name, out);
+  }
+}
+
 }  // namespace
 
 template <class S>
@@ -276,7 +498,11 @@ void run_exits(golden_case<S>& c) {
       {"exit_loss_multinomial", run_multinomial<S>},
       {"exit_loss_sequence", run_sequence<S>},
       {"exit_loss_meta", run_meta<S>},
+      {"exit_calibration_decay", run_decay<S>},
       {"exit_calibration_", run_calibration<S>},
+      {"exit_mixed_", run_training<S>},
+      {"exit_total_", run_training<S>},
+      {"exit_decode_", run_decode<S>},
   };
   for (const auto& [prefix, run] : kinds)
     if (name.starts_with(prefix)) return run(c);

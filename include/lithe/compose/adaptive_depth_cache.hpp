@@ -1,0 +1,214 @@
+#pragma once
+
+#include "lithe/compose/adaptive_depth.hpp"
+
+// N exits, D features, t a position in a sequence
+namespace lithe::inline LITHE_ABI {
+
+namespace detail {
+
+// A block's decode interface, with or without a memory.
+template <class B>
+cache_of<B> make_block_cache(const B& b, index_t slots, index_t capacity) {
+  if constexpr (reads_memory<B>)
+    return b.make_cache(slots, capacity);
+  else
+    return lithe::make_cache(b, slots, capacity);
+}
+template <class B>
+void decode_block(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, matrix_view<typename B::scalar> y, cache_of<B>& c, const context& ctx) {
+  if constexpr (reads_memory<B>)
+    b.decode(x, m, y, c, ctx);
+  else
+    lithe::decode(b, x, y, c, ctx);
+}
+template <class B>
+void fill_block(const B& b, matrix_view<const typename B::scalar> x, cache_of<B>& c, const context& ctx) {
+  if constexpr (reads_memory<B>)
+    b.fill(x, c, ctx);
+  else
+    lithe::fill(b, x, c, ctx);
+}
+template <class B>
+void truncate_block(const B& b, cache_of<B>& c, index_t slot, index_t length) {
+  if constexpr (reads_memory<B>)
+    b.truncate(c, slot, length);
+  else
+    lithe::truncate(b, c, slot, length);
+}
+template <class B>
+void permute_block(const B& b, cache_of<B>& c, std::span<const index_t> order) {
+  if constexpr (reads_memory<B>)
+    b.permute(c, order);
+  else
+    lithe::permute(b, c, order);
+}
+
+}  // namespace detail
+
+/// What decoding with exits remembers of each slot. Block n has the keys and values of the first filled[n-1][slot] positions, and every later
+/// position left below n, so that its input to block n is its exit state: the keys and values can be made when somebody first needs them.
+template <class Block>
+struct adaptive_cache {
+  using S = typename Block::scalar;
+  std::vector<cache_of<Block>> blocks;        ///< of each depth
+  std::vector<std::vector<index_t>> filled;   ///< [N][slots]
+  matrix<S> states;                           ///< row slot * capacity + t: the state with which position t left
+  std::vector<index_t> length, start;         ///< of each slot: positions, and those among them that belong to the prompt
+  index_t capacity = 0;
+  index_t projected = 0, visited = 0;  ///< rows of keys and values made, rows that went through a block
+
+  [[nodiscard]] index_t slots() const { return static_cast<index_t>(length.size()); }
+  [[nodiscard]] matrix_view<S> state(index_t slot, index_t t, index_t n) { return matrix_view<S>(states).slice_rows(slot * capacity + t, n); }
+  [[nodiscard]] index_t& filled_to(index_t n, index_t slot) { return filled[static_cast<std::size_t>(n - 1)][static_cast<std::size_t>(slot)]; }
+};
+
+/// A cache for `slots` sequences of up to `capacity` tokens; slot s reads sequence s of a memory, if the blocks need one.
+template <class Block, class Norm>
+[[nodiscard]] adaptive_cache<Block> make_adaptive_cache(const adaptive_depth<Block, Norm>& model, index_t slots, index_t capacity) {
+  adaptive_cache<Block> c;
+  c.capacity = capacity;
+  for (index_t n = 1; n <= model.exits(); ++n) c.blocks.push_back(detail::make_block_cache(model.stack.block(n), slots, capacity));
+  c.filled.assign(c.blocks.size(), std::vector<index_t>(static_cast<std::size_t>(slots), 0));
+  c.states.resize(slots * capacity, model.features());
+  c.length.assign(static_cast<std::size_t>(slots), 0);
+  c.start = c.length;
+  return c;
+}
+
+/// Says which sequence of the memory each slot reads, before the first step with that memory.
+template <class Block, class Norm>
+void start_memory(const adaptive_depth<Block, Norm>& model, const detail::memory_of<Block>& m, std::span<const index_t> source, adaptive_cache<Block>& c) {
+  if constexpr (detail::reads_memory<Block>)
+    for (index_t n = 1; n <= model.exits(); ++n) model.stack.block(n).start(m, source, c.blocks[static_cast<std::size_t>(n - 1)]);
+}
+
+/// Forgets all but the first `length` positions of a slot.
+template <class Block, class Norm>
+void truncate(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t slot, index_t length) {
+  for (index_t n = 1; n <= model.exits(); ++n) {
+    index_t& filled = c.filled_to(n, slot);
+    if (filled <= length) continue;
+    detail::truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slot, length);
+    filled = length;
+  }
+  auto& now = c.length[static_cast<std::size_t>(slot)];
+  now = std::min(now, length);
+}
+
+/// Slot i becomes what slot order[i] was (beam search).
+template <class Block, class Norm>
+void permute(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, std::span<const index_t> order, const context& ctx = {}) {
+  require<shape_error>(static_cast<index_t>(order.size()) == c.slots(), "adaptive_cache: expected an order of ", c.slots(), " slots, got ", order.size());
+  index_t longest = 0;
+  for (const index_t s : order) {
+    require<index_error>(s >= 0 && s < c.slots(), "adaptive_cache: expected a slot below ", c.slots(), ", got ", s);
+    longest = std::max(longest, c.length[static_cast<std::size_t>(s)]);
+  }
+  for (index_t n = 1; n <= model.exits(); ++n) detail::permute_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], order);
+  const index_t slots = c.slots();
+  const scratch<typename Block::scalar> states(ctx, slots * longest, c.states.cols());
+  for (index_t s = 0; s < slots; ++s) states.view().slice_rows(s * longest, longest).map() = c.state(order[static_cast<std::size_t>(s)], 0, longest).map();
+  for (index_t s = 0; s < slots; ++s) c.state(s, 0, longest).map() = states.view().slice_rows(s * longest, longest).map();
+  const scratch<index_t> before(ctx, slots);
+  const auto reorder = [&](std::vector<index_t>& numbers) {
+    std::copy(numbers.begin(), numbers.end(), before.data());
+    for (std::size_t i = 0; i < order.size(); ++i) numbers[i] = before[order[i]];
+  };
+  for (auto& f : c.filled) reorder(f);
+  reorder(c.length);
+  reorder(c.start);
+}
+
+namespace detail {
+
+/// The keys and values of block n for all positions of these slots that have none yet, in one product.
+template <class Block, class Norm>
+void fill_pending(const adaptive_depth<Block, Norm>& model, index_t n, std::span<const index_t> slots, adaptive_cache<Block>& c, const context& ctx) {
+  const auto B = static_cast<index_t>(slots.size());
+  const scratch<index_t> offsets(ctx, B + 1), who(ctx, B);
+  index_t count = 0;
+  offsets[0] = 0;
+  for (const index_t s : slots)
+    if (const index_t missing = c.length[static_cast<std::size_t>(s)] - c.filled_to(n, s); missing > 0) {
+      who[count++] = s;
+      offsets[count] = offsets[count - 1] + missing;
+    }
+  if (count == 0) return;
+  const index_t total = offsets[count];
+  const scratch<typename Block::scalar> rows(ctx, total, c.states.cols());
+  for (index_t i = 0; i < count; ++i) {
+    const index_t rows_of_slot = offsets[i + 1] - offsets[i];
+    rows.view().slice_rows(offsets[i], rows_of_slot).map() = c.state(who[i], c.filled_to(n, who[i]), rows_of_slot).map();
+  }
+  context inner = ctx.child(static_cast<std::uint64_t>(n - 1));
+  inner.rows = {offsets.span().first(static_cast<std::size_t>(count) + 1)};
+  inner.slots = who.span().first(static_cast<std::size_t>(count));
+  fill_block<Block>(model.stack.block(n), rows, c.blocks[static_cast<std::size_t>(n - 1)], inner);
+  for (index_t i = 0; i < count; ++i) c.filled_to(n, who[i]) += offsets[i + 1] - offsets[i];
+  c.projected += total;
+}
+
+/// Takes back what a call that failed has added to these slots beyond their lengths.
+template <class Block, class Norm>
+void roll_back(const adaptive_depth<Block, Norm>& model, std::span<const index_t> slots, adaptive_cache<Block>& c) {
+  for (const index_t s : slots) lithe::truncate(model, c, s, c.length[static_cast<std::size_t>(s)]);
+}
+
+template <class Block>
+void check_room(const char* who, const adaptive_cache<Block>& c, index_t rows, const context& ctx) {
+  ctx.rows.check(who, rows);
+  for (index_t i = 0; i < ctx.rows.count(); ++i) {
+    const index_t s = ctx.slot(i), n = ctx.rows.end(i, rows) - ctx.rows.begin(i);
+    require<index_error>(s >= 0 && s < c.slots(), who, ": expected a slot below ", c.slots(), ", got ", s);
+    if (c.length[static_cast<std::size_t>(s)] + n > c.capacity)
+      throw std::length_error(concat(who, ": slot ", s, " holds ", c.length[static_cast<std::size_t>(s)], " of ", c.capacity, " tokens; ", n, " more do not fit"));
+  }
+}
+
+}  // namespace detail
+
+/// Leads new rows x [R x D] of some slots (ctx.rows, ctx.slots) through blocks `first` .. `last`, from 1, and into their caches; y [R x D] is the output of
+/// the last. The lengths of the slots stay: whoever has been through all blocks calls `advance`. Throws std::length_error when a slot is
+/// full; then, and if a block throws, the slots are as they were before.
+template <class Block, class Norm>
+void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, index_t last, matrix_view<const typename Block::scalar> x,
+                   const detail::memory_of<Block>& m, matrix_view<typename Block::scalar> y, adaptive_cache<Block>& c, const context& ctx) {
+  using S = typename Block::scalar;
+  detail::check_room("adaptive_depth", c, x.rows(), ctx);
+  const scratch<index_t> slots(ctx, ctx.rows.count());
+  for (index_t i = 0; i < ctx.rows.count(); ++i) slots[i] = ctx.slot(i);
+  const scratch<S> in(ctx, x.rows(), x.cols());
+  copy<S>(x, in, ctx);
+  for (index_t n = first; n <= last; ++n) {
+    detail::fill_pending(model, n, slots.span(), c, ctx);
+    detail::decode_block(model.stack.block(n), matrix_view<const S>(in), m, y, c.blocks[static_cast<std::size_t>(n - 1)], ctx.child(static_cast<std::uint64_t>(n - 1)));
+    for (index_t i = 0; i < ctx.rows.count(); ++i) c.filled_to(n, slots[i]) += ctx.rows.end(i, x.rows()) - ctx.rows.begin(i);
+    c.visited += x.rows();
+    c.projected += x.rows();
+    if (n < last) copy<S>(y, in, ctx);
+  }
+}
+
+/// Appends the states y [R x D] with which new rows left to the lengths of their slots.
+template <class Block>
+void advance(matrix_view<const typename Block::scalar> y, adaptive_cache<Block>& c, const context& ctx) {
+  for (index_t i = 0; i < ctx.rows.count(); ++i) {
+    const index_t s = ctx.slot(i), begin = ctx.rows.begin(i), n = ctx.rows.end(i, y.rows()) - begin;
+    auto& length = c.length[static_cast<std::size_t>(s)];
+    c.state(s, length, n).map() = y.slice_rows(begin, n).map();
+    length += n;
+  }
+}
+
+/// Takes a prompt in: all of its rows x [R x D] through all blocks.
+template <class Block, class Norm>
+void prefill(const adaptive_depth<Block, Norm>& model, matrix_view<const typename Block::scalar> x, const detail::memory_of<Block>& m, adaptive_cache<Block>& c,
+             const context& ctx) {
+  const scratch<typename Block::scalar> y(ctx, x.rows(), x.cols());
+  decode_blocks(model, 1, model.exits(), x, m, y.view(), c, ctx);
+  advance<Block>(y, c, ctx);
+  for (index_t i = 0; i < ctx.rows.count(); ++i) c.start[static_cast<std::size_t>(ctx.slot(i))] = c.length[static_cast<std::size_t>(ctx.slot(i))];
+}
+
+}  // namespace lithe::inline LITHE_ABI
