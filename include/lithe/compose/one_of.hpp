@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lithe/layers/cache.hpp"
+#include "lithe/compose/reversible_part.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -45,6 +45,15 @@ struct one_of {
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     active([&]<std::size_t I>(const auto& b) { b.backward(x, std::get<I>(r.value), dy, dx, std::get<I>(g.value), ctx); });
+  }
+  void forward_in_place(matrix_view<S> xy, record* r, const context& ctx) const requires(reversible_block<B> && ...) {
+    active([&]<std::size_t I>(const auto& b) {
+      if (r != nullptr && r->value.index() != I) r->value.template emplace<I>();
+      b.forward_in_place(xy, r == nullptr ? nullptr : &std::get<I>(r->value), ctx);
+    });
+  }
+  void reverse(matrix_view<S> xy, matrix_view<S> dxy, const record& r, gradient& g, const context& ctx) const requires(reversible_block<B> && ...) {
+    active([&]<std::size_t I>(const auto& b) { b.reverse(xy, dxy, std::get<I>(r.value), std::get<I>(g.value), ctx); });
   }
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {

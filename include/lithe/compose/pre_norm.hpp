@@ -34,7 +34,9 @@ struct pre_norm {
   dropout<S> drop;
 
   pre_norm() = default;
-  pre_norm(Norm norm_, Inner inner_, double dropout_rate = 0) : norm(std::move(norm_)), inner(std::move(inner_)), drop(dropout_rate) {}
+  pre_norm(Norm norm_, Inner inner_, double dropout_rate = 0) : norm(std::move(norm_)), inner(std::move(inner_)), drop(dropout_rate) {
+    require<config_error>(!fused_part<Inner> || dropout_rate == 0, "pre_norm: this inner layer drops its output itself; give it the rate of ", dropout_rate);
+  }
 
   shape output_shape(matrix_view<const S> x) const {
     norm.output_shape(x);
@@ -55,6 +57,22 @@ struct pre_norm {
   void backward(matrix_view<const S> x, memory_view<S> m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dm, gradient& g,
                 const context& ctx) const requires conditioned {
     run_back(x, {m, dm}, r, dy, dx, g, ctx);
+  }
+  /// y += f(x) and, for reversible blocks, back (see `fused_part`). Beside what the inner layer needs: [T x D] forwards, twice that back.
+  void add_to(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const requires fused_part<Inner> {
+    const scratch<S> h(ctx, x.rows(), x.cols());
+    norm.forward(x, h, ctx.child(0));
+    inner.add_to(h, y, r.inner, ctx.child(1));
+  }
+  void reverse(matrix_view<const S> x, matrix_view<S> y, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
+               const context& ctx) const requires fused_part<Inner> {
+    const scratch<S> h(ctx, x.rows(), x.cols()), dh(ctx, x.rows(), x.cols());
+    record_of<Norm> statistics;
+    norm.forward(x, h, statistics, ctx.child(0));
+    ctx.exec->run(x.rows(), detail::grain_rows(x.cols()), [&](index_t first, index_t last) { dh.view().slice_rows(first, last - first).map().setZero(); });
+    inner.reverse(h, y, r.inner, dy, dh, g.inner, ctx.child(1));
+    norm.backward(x, statistics, dh, dh, g.norm, ctx.child(0));
+    add<S>(dh, dx, ctx);
   }
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return lithe::make_cache(inner, slots, capacity); }

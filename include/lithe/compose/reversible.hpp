@@ -6,24 +6,6 @@
 // T tokens, D features of one stream
 namespace lithe::inline LITHE_ABI {
 
-/// What `reversible_stack` is made of: y = b(x) and back, in place.
-///
-///     forward_in_place(xy, record*, ctx)              // xy = [x₁ | x₂] becomes [y₁ | y₂]; no record: nothing is kept
-///     reverse(xy, dxy, record, gradient, ctx)         // and back, while dxy turns from dL/dy into dL/dx
-template <class B>
-concept reversible_block =
-    has_parameters<B> && requires(const B b, matrix_view<typename B::scalar> xy, record_of<B> r, const record_of<B> cr, gradient_of<B> g, const context& ctx) {
-      b.forward_in_place(xy, &r, ctx);
-      b.reverse(xy, xy, cr, g, ctx);
-    };
-/// The same with a memory, whose gradient dm is added to.
-template <class B>
-concept conditioned_reversible_block = has_parameters<B> && requires(const B b, matrix_view<typename B::scalar> xy, memory_view<typename B::scalar> m,
-                                                                     record_of<B> r, const record_of<B> cr, gradient_of<B> g, const context& ctx) {
-                                         b.forward_in_place(xy, m, &r, ctx);
-                                         b.reverse(xy, m, xy, xy, cr, g, ctx);
-                                       };
-
 /// Reversible residual block (arXiv 1707.04585, equations 6 and 7) over two layers that keep the shape of a stream. x = [x₁ | x₂] and y
 /// are [T x 2D], the streams side by side:
 ///

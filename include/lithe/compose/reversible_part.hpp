@@ -7,6 +7,24 @@
 // T tokens, D features of one stream
 namespace lithe::inline LITHE_ABI {
 
+/// What `reversible_stack` is made of: y = b(x) and back, in place.
+///
+///     forward_in_place(xy, record*, ctx)              // xy = [x₁ | x₂] becomes [y₁ | y₂]; no record: nothing is kept
+///     reverse(xy, dxy, record, gradient, ctx)         // and back, while dxy turns from dL/dy into dL/dx
+template <class B>
+concept reversible_block = has_parameters<B> && requires(const B b, matrix_view<typename B::scalar> xy, record_of<B> r, const record_of<B> cr,
+                                                         gradient_of<B> g, const context& ctx) {
+                             b.forward_in_place(xy, &r, ctx);
+                             b.reverse(xy, xy, cr, g, ctx);
+                           };
+/// The same with a memory, whose gradient dm is added to.
+template <class B>
+concept conditioned_reversible_block = has_parameters<B> && requires(const B b, matrix_view<typename B::scalar> xy, memory_view<typename B::scalar> m,
+                                                                     record_of<B> r, const record_of<B> cr, gradient_of<B> g, const context& ctx) {
+                                         b.forward_in_place(xy, m, &r, ctx);
+                                         b.reverse(xy, m, xy, xy, cr, g, ctx);
+                                       };
+
 /// A part that adds itself to a stream, and takes itself away again while it passes gradients back, in less memory than its record
 /// and a copy of the stream need (attention that works head by head). x, y, dy and dx are [T x D] and do not overlap.
 ///
@@ -60,21 +78,24 @@ void backward_part(const L& l, matrix_view<const S> x, const conditioning<S>& m,
     l.backward(x, r, dy, dx, g, ctx);
 }
 
-/// f(first row, rows, number of the chunk, its context): position-wise parts go in chunks (0: whole), others whole.
+/// Position-wise parts go in chunks (0: whole), others whole.
+template <class L>
+[[nodiscard]] bool goes_whole(index_t rows, index_t chunk) {
+  return looks_across_tokens<L> || conditioned_layer<L> || fused_part<L> || chunk == 0 || chunk >= rows;
+}
+template <class L>
+[[nodiscard]] std::size_t count_chunks(index_t rows, index_t chunk) {
+  return goes_whole<L>(rows, chunk) ? 1 : static_cast<std::size_t>((rows + chunk - 1) / chunk);
+}
+/// f(first row, rows, number of the chunk, its context)
 template <class L, class F>
 void each_chunk(index_t rows, index_t chunk, const context& ctx, F&& f) {
-  if (looks_across_tokens<L> || conditioned_layer<L> || chunk == 0 || chunk >= rows) return f(index_t{0}, rows, std::size_t{0}, ctx);
+  if (goes_whole<L>(rows, chunk)) return f(index_t{0}, rows, std::size_t{0}, ctx);
   for (index_t first = 0; first < rows; first += chunk) {
     const index_t n = std::min(chunk, rows - first);
     f(first, n, static_cast<std::size_t>(first / chunk), ctx.chunk(first, n));
   }
 }
-template <class L>
-[[nodiscard]] std::size_t count_chunks(index_t rows, index_t chunk) {
-  const bool whole = looks_across_tokens<L> || conditioned_layer<L> || chunk == 0 || chunk >= rows;
-  return whole ? 1 : static_cast<std::size_t>((rows + chunk - 1) / chunk);
-}
-
 /// y += f(x). The records, one for each chunk, are left with their choices; none: nothing is kept.
 template <class L, class S>
 void add_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, matrix_view<S> y, std::vector<record_of<L>>* records, index_t chunk,

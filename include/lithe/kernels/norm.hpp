@@ -28,7 +28,7 @@ void normalise_rows(matrix_view<const S> x, matrix_view<const S> weight, matrix_
 }
 
 /// Backward of `normalise_rows`: with ẑ = (x - mean) ρ and e = dy ⊙ weight, dx = ρ (e - mean(e) - ẑ mean(e ⊙ ẑ)) (without mean(e) if not
-/// centred); dweight += Σ dy ⊙ ẑ, dbias += Σ dy (if there is one).
+/// centred); dweight += Σ dy ⊙ ẑ, dbias += Σ dy (if there is one). dx may be dy.
 template <class S>
 void normalise_rows_backward(matrix_view<const S> x, matrix_view<const S> weight, bool centred, matrix_view<const S> statistics,
                              matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dweight, matrix_view<S> dbias, const context& ctx) {

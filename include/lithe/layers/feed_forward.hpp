@@ -1,6 +1,8 @@
 #pragma once
 
 #include "lithe/kernels/activation.hpp"
+#include "lithe/kernels/dropout.hpp"
+#include "lithe/layers/dropout.hpp"
 #include "lithe/layers/linear.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -11,6 +13,7 @@ struct feed_forward_config {
   bool gated = false;  ///< a(gate x) ⊙ (up x) in place of a(up x)
   bool bias = true;
   index_t chunk = 0;   ///< tokens computed at a time; 0 = all. Chunked, backward computes the hidden layer again and the record is empty
+  double dropout = 0;  ///< of W₁ x + b₁, before the activation, as the Reformer has it (arXiv 2001.04451)
 };
 
 /// Position-wise feed-forward: y = W₂ a(W₁ x + b₁) + b₂ (arXiv 1706.03762 eq. 2), or gated y = W₂ (a(W_g x + b_g) ⊙ (W₁ x + b₁)) + b₂
@@ -29,10 +32,12 @@ struct feed_forward {
   linear<S> up, gate, down;
   activation kind = activation::relu;
   index_t chunk = 0;
+  double rate = 0;  ///< of dropout
 
   feed_forward() = default;
   feed_forward(feed_forward_config c, rng_key key)
-      : up({c.features, c.hidden, c.bias}, key.child(0)), down({c.hidden, c.features, c.bias}, key.child(2)), kind(c.kind), chunk(c.chunk) {
+      : up({c.features, c.hidden, c.bias}, key.child(0)), down({c.hidden, c.features, c.bias}, key.child(2)), kind(c.kind), chunk(c.chunk),
+        rate(checked_rate("feed_forward", c.dropout)) {
     require<config_error>(c.chunk >= 0, "feed_forward: expected a chunk of 0 (all) or more tokens, got ", c.chunk);
     if (c.gated) gate = linear<S>({c.features, c.hidden, c.bias}, key.child(1));
   }
@@ -47,7 +52,7 @@ struct feed_forward {
     check(x, y);
     each_chunk(x.rows(), [&](index_t first, index_t n) {
       const scratch<S> u(ctx, n, up.weight.rows()), v(ctx, gated() ? n : 0, up.weight.rows());
-      hidden(x.slice_rows(first, n), u, v, u, ctx);
+      hidden(x.slice_rows(first, n), u, v, u, ctx.chunk(first, n));
       down.forward(u, y.slice_rows(first, n), ctx);
     });
   }
@@ -70,7 +75,7 @@ struct feed_forward {
       const scratch<S> again(ctx, chunk > 0 ? n : 0, width), gate_again(ctx, chunk > 0 && gated() ? n : 0, width);
       matrix_view<const S> u = r.up, v = r.gate;
       if (chunk > 0) {
-        hidden(xs, again, gate_again, h, ctx);
+        hidden(xs, again, gate_again, h, ctx.chunk(first, n));
         u = again;
         v = gate_again;
       } else {
@@ -79,10 +84,12 @@ struct feed_forward {
       down.backward(h, {}, dys, dh, g.down, ctx);
       if (gated()) {
         activate_gated_backward<S>(kind, v, u, dh, dgate, dh, ctx);
+        drop_hidden(dh, ctx.chunk(first, n));
         gate.backward(xs, {}, dgate, dx.slice_rows(first, n), g.gate, ctx);
         up.add_backward(xs, dh, dx.slice_rows(first, n), g.up, ctx);
       } else {
         activate_backward<S>(kind, u, dh, dh, ctx);
+        drop_hidden(dh, ctx.chunk(first, n));
         up.backward(xs, {}, dh, dx.slice_rows(first, n), g.up, ctx);
       }
     });
@@ -108,9 +115,13 @@ struct feed_forward {
     const index_t step = chunk > 0 ? chunk : std::max<index_t>(1, rows);
     for (index_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
   }
+  void drop_hidden(matrix_view<S> u, const context& ctx) const {
+    if (ctx.train && rate > 0) drop<S>(u, u, rate, ctx.key, ctx);
+  }
   /// u = up x, v = gate x, h = the activated hidden layer; h may be u.
   void hidden(matrix_view<const S> x, matrix_view<S> u, matrix_view<S> v, matrix_view<S> h, const context& ctx) const {
     up.forward(x, u, ctx);
+    drop_hidden(u, ctx);
     if (gated()) gate.forward(x, v, ctx);
     activate_hidden(u, v, h, ctx);
   }
