@@ -61,6 +61,8 @@
 #include "lithe/layers/attention/attention.hpp"
 #include "lithe/layers/attention/attention_base.hpp"
 #include "lithe/layers/attention/attention_heads.hpp"
+#include "lithe/layers/attention/bucket_attention.hpp"
+#include "lithe/layers/attention/bucket_windows.hpp"
 #include "lithe/layers/attention/collaborative_attention.hpp"
 #include "lithe/layers/attention/collaborative_base.hpp"
 #include "lithe/layers/attention/collaborative_cross_attention.hpp"

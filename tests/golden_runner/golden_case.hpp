@@ -102,6 +102,8 @@ void run_moe(golden_case<S>& c);
 template <class S>
 void run_local(golden_case<S>& c);
 template <class S>
+void run_bucket(golden_case<S>& c);
+template <class S>
 void run_lsh(golden_case<S>& c);
 template <class S>
 void run_optimiser(golden_case<S>& c);
