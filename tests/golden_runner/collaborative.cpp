@@ -4,6 +4,7 @@
 #include "lithe/layers/attention/collaborative_cross_attention.hpp"
 #include "lithe/layers/norms.hpp"
 #include "lithe/layers/parameters.hpp"
+#include "lithe/training/reparametrise.hpp"
 
 namespace golden {
 
@@ -155,6 +156,35 @@ void run_collaborative_layer(golden_case<S>& c) {
   c.compare("grad.input.hidden_states", matrix_view<const S>(dx));
 }
 
+/// Our own conversion against the recorded one.
+template <class S>
+void run_decomposition(golden_case<S>& c, const attention<S>& before, index_t rank) {
+  collaborative_attention<S> made;
+  decomposition_options o{.rank = rank, .max_sweeps = c.config.at("n_iter_max"), .tolerance = c.config.at("tol"), .restarts = 4};
+  const decomposition ours = reparametrise(before, made, o);
+  c.compare("param.after.content_bias.weight", matrix_view<const S>(made.content_bias.weight));
+  c.compare("param.after.value.weight", matrix_view<const S>(made.value.weight));
+  if (!c.has("cp.tensor")) {  // copied, not iterated
+    c.compare("param.after.query.weight", matrix_view<const S>(made.query.weight));
+    c.compare("param.after.key.weight", matrix_view<const S>(made.key.weight));
+    c.compare("param.after.mixing", matrix_view<const S>(made.mixing));
+    if (ours.error() != 0 || ours.errors.size() != 1) c.failures.push_back("the exact conversion iterated");
+    return;
+  }
+  const double recorded = c.file.template read<double>("cp.relative_error")[0];
+  if (!(ours.error() <= 1.05 * recorded)) c.failures.push_back(concat("decomposed to an error of ", ours.error(), ", recorded ", recorded));
+  // The recorded sweeps again, from the recorded start.
+  const key_query_factors start{c.file.template read_matrix<double>("random.cp_init.WQ_shared").transpose(),
+                                c.file.template read_matrix<double>("random.cp_init.WK_shared").transpose(),
+                                c.file.template read_matrix<double>("random.cp_init.mixing")};
+  o.restarts = 0;
+  o.ridge = 0;
+  o.exact_copy = o.balance = false;
+  const decomposition again = decompose(c.file.template read_matrix<double>("param.before.query.weight"),
+                                        c.file.template read_matrix<double>("param.before.key.weight"), before.config.heads, o, {}, &start);
+  c.compare("cp.iteration_errors", again.errors);
+}
+
 /// A layer of separate heads, and the collaborative one made from it.
 template <class S>
 void run_collaborative_swap(golden_case<S>& c) {
@@ -202,6 +232,7 @@ void run_collaborative_swap(golden_case<S>& c) {
   after.config.scale = before.config.scale;
   after.forward(x, b.additive(), y, ctx);
   c.compare("output.after_original_scale.context", matrix_view<const S>(y));
+  run_decomposition(c, before, rank);
 }
 
 }  // namespace
