@@ -30,8 +30,8 @@ inline outcome train(const model_config& c, const training_config& r, const lith
   lithe::prepack(t.model);
   const auto e = t.evaluate(data, ctx, nullptr);
   outcome o{lithe::count_parameters(t.model), e.bits_per_byte, static_cast<double>(t.tokens) / t.seconds, e.tokens_per_second};
-  if (c.feed_forward == "dense") return o;
-  lithe::usage_meter meter(memory_config(c).flat ? memory_config(c).sub_keys : c.sub_keys * c.sub_keys);
+  if (!has_slots(c)) return o;
+  lithe::usage_meter meter(slots_of(c));
   t.evaluate(data, ctx, &meter);
   o.usage = meter.report();
   return o;

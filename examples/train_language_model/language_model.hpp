@@ -13,36 +13,40 @@ using lithe::index_t;
 using lithe::matrix;
 using lithe::token_t;
 
-using attention_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::attention<real>, lithe::dropout<real>>>;
-using dense_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::feed_forward<real>, lithe::dropout<real>>>;
-using memory_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::product_key_memory<real>, lithe::dropout<real>>>;
+template <class Layer>
+using part_of = lithe::residual<lithe::sequential<lithe::layer_norm<real>, Layer, lithe::dropout<real>>>;
+using attention_part = part_of<lithe::attention<real>>;
+using dense_part = part_of<lithe::feed_forward<real>>;
+using memory_part = part_of<lithe::product_key_memory<real>>;
+using ultra_mem_part = part_of<lithe::ultra_mem<real>>;
+using experts_part = part_of<lithe::mixture_of_experts<real>>;
 
-using dense_block = lithe::sequential<attention_part, dense_part>;
-using memory_block = lithe::sequential<attention_part, memory_part>;              // the memory in place of the feed-forward
-using both_block = lithe::sequential<attention_part, dense_part, memory_part>;    // the memory after it
-using block = lithe::one_of<dense_block, memory_block, both_block>;
-using language_model = lithe::sequential<lithe::embedding<real>, lithe::stack<block>, lithe::layer_norm<real>, lithe::linear<real>>;
+// A block is an attention part and one or two others, in a row with those of all blocks.
+using model_part = lithe::one_of<attention_part, dense_part, memory_part, ultra_mem_part, experts_part>;
+using language_model = lithe::sequential<lithe::embedding<real>, lithe::stack<model_part>, lithe::layer_norm<real>, lithe::linear<real>>;
 
 inline constexpr index_t byte_values = 256;
 inline constexpr token_t mask_token = 256;
 
 /// What a model is built from; saved in its file.
 struct model_config {
-  std::string feed_forward = "memory";     ///< dense, memory, flat or peer
+  std::string feed_forward = "memory";       ///< dense, memory, flat, peer, ultramem or moe
   std::string memory_placement = "replace";  ///< replace the feed-forward, or after it
-  std::string objective = "causal";        ///< causal or masked
-  std::vector<index_t> memory_at{1};       ///< blocks, counted from 0, that hold a memory
+  std::string objective = "causal";          ///< causal or masked
+  std::vector<index_t> memory_at{1};         ///< blocks, counted from 0, that hold a memory
   index_t layers = 3, features = 128, heads = 4, hidden = 512, context = 256;
-  index_t sub_keys = 256, memory_heads = 4, key_width = 64, top_k = 16;
-  bool batch_norm = true;  ///< of the memory's queries
+  index_t sub_keys = 256, memory_heads = 4, key_width = 64, top_k = 16;  ///< ultramem: as many table rows, half as wide
+  index_t experts = 16;                                                  ///< 2 of a token, each half as wide as the feed-forward
+  bool batch_norm = true;                                                ///< of the memory's queries
   double dropout = 0;
   std::uint64_t seed = 1;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(model_config, feed_forward, memory_placement, objective, memory_at, layers, features, heads, hidden, context, sub_keys,
-                                   memory_heads, key_width, top_k, batch_norm, dropout, seed)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(model_config, feed_forward, memory_placement, objective, memory_at, layers, features, heads, hidden,
+                                                context, sub_keys, memory_heads, key_width, top_k, experts, batch_norm, dropout, seed)
 
 inline lithe::product_key_memory_config memory_config(const model_config& c) {
-  lithe::product_key_memory_config m{.inputs = c.features, .heads = c.memory_heads, .sub_keys = c.sub_keys, .key_width = c.key_width, .top_k = c.top_k};
+  lithe::product_key_memory_config m{
+      .inputs = c.features, .heads = c.memory_heads, .sub_keys = c.sub_keys, .key_width = c.key_width, .top_k = c.top_k};
   if (c.batch_norm) m.query.norm = lithe::query_normalisation::batch;
   if (c.feed_forward == "flat") {  // as many slots, each with a key of its own
     m.flat = true;
@@ -52,45 +56,43 @@ inline lithe::product_key_memory_config memory_config(const model_config& c) {
   return m;
 }
 
+inline bool has_slots(const model_config& c) { return c.feed_forward == "memory" || c.feed_forward == "flat" || c.feed_forward == "peer"; }
+inline index_t slots_of(const model_config& c) { return c.sub_keys * c.sub_keys; }
+
 inline language_model make_model(const model_config& c) {
   using namespace lithe;
   for (const index_t at : c.memory_at)
     require<config_error>(at >= 0 && at < c.layers, "memory-at: expected blocks from 0 to ", c.layers - 1, ", got ", at);
   const rng_key key{c.seed};
-  stack<block> blocks;
+  stack<model_part> parts;
   for (index_t i = 0; i < c.layers; ++i) {
     const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
-    const auto norm = [&] { return layer_norm<real>(c.features); };
-    const auto drop = [&] { return dropout<real>(c.dropout); };
-    const auto attend = [&] {
-      return attention_part{sequential(norm(), attention<real>({.inputs = c.features, .heads = c.heads, .causal = c.objective == "causal"}, k.child(0)), drop())};
+    const auto add = [&]<class Layer>(Layer layer) {
+      parts.blocks.emplace_back(part_of<Layer>{sequential(layer_norm<real>(c.features), std::move(layer), dropout<real>(c.dropout))});
     };
-    const auto dense = [&] {
-      return dense_part{sequential(norm(), feed_forward<real>({.features = c.features, .hidden = c.hidden, .kind = activation::gelu}, k.child(1)), drop())};
-    };
-    const auto memory = [&] { return memory_part{sequential(norm(), product_key_memory<real>(memory_config(c), k.child(2)), drop())}; };
     const bool here = c.feed_forward != "dense" && std::find(c.memory_at.begin(), c.memory_at.end(), i) != c.memory_at.end();
-    if (!here)
-      blocks.blocks.emplace_back(dense_block(attend(), dense()));
-    else if (c.memory_placement == "replace")
-      blocks.blocks.emplace_back(memory_block(attend(), memory()));
+    add(attention<real>({.inputs = c.features, .heads = c.heads, .causal = c.objective == "causal"}, k.child(0)));
+    if (!here || c.memory_placement == "after")
+      add(feed_forward<real>({.features = c.features, .hidden = c.hidden, .kind = activation::gelu}, k.child(1)));
+    if (!here) continue;
+    if (c.feed_forward == "ultramem")
+      add(ultra_mem<real>({.features = c.features, .sub_keys = 2 * c.sub_keys, .key_width = c.key_width / 2, .top_k = c.top_k}, k.child(2)));
+    else if (c.feed_forward == "moe")
+      add(mixture_of_experts<real>({.features = c.features, .hidden = c.hidden / 2, .experts = c.experts}, k.child(2)));
     else
-      blocks.blocks.emplace_back(both_block(attend(), dense(), memory()));
+      add(product_key_memory<real>(memory_config(c), k.child(2)));
   }
-  return language_model(embedding<real>({.tokens = byte_values + 1, .features = c.features, .positions = c.context, .deviation = 1}, key.child(0)), std::move(blocks),
-                        layer_norm<real>(c.features), linear<real>({c.features, byte_values}, key.child(1)));
+  return language_model(embedding<real>({.tokens = byte_values + 1, .features = c.features, .positions = c.context, .deviation = 1}, key.child(0)),
+                        std::move(parts), layer_norm<real>(c.features), linear<real>({c.features, byte_values}, key.child(1)));
 }
 
-/// f(memory, its record) for every memory layer of a model.
+/// f(memory, its record) for every product-key memory of a model.
 template <class F>
 void for_each_memory(const language_model& model, const language_model::record& r, F&& f) {
-  const auto& blocks = std::get<1>(model.layers).blocks;
+  const auto& parts = std::get<1>(model.layers).blocks;
   const auto& records = std::get<1>(r.layers).blocks;
-  const auto visit = [&](const auto& part, const auto& record) { f(std::get<1>(part.inner.layers), std::get<1>(record.layers)); };
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    if (const auto* b = std::get_if<memory_block>(&blocks[i].value)) visit(std::get<1>(b->layers), std::get<1>(std::get<1>(records[i].value).layers));
-    if (const auto* b = std::get_if<both_block>(&blocks[i].value)) visit(std::get<2>(b->layers), std::get<2>(std::get<2>(records[i].value).layers));
-  }
+  for (std::size_t i = 0; i < parts.size(); ++i)
+    if (const auto* p = std::get_if<memory_part>(&parts[i].value)) f(std::get<1>(p->inner.layers), std::get<1>(std::get<2>(records[i].value).layers));
 }
 
 inline std::string config_text(const model_config& c) { return nlohmann::json(c).dump(); }

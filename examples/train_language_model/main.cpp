@@ -85,9 +85,8 @@ int run(const model_config& asked, const run_config& r) {
     std::printf("%-8s %12td %16.3f %22.0f %23.0f\n", t.name.c_str(), lithe::count_parameters(t.model), e.bits_per_byte,
                 static_cast<double>(t.tokens) / std::max(t.seconds, 1e-9), e.tokens_per_second);
   }
-  const auto slots = memory_config(config).flat ? memory_config(config).sub_keys : config.sub_keys * config.sub_keys;
-  if (config.feed_forward != "dense") {
-    lithe::usage_meter meter(slots);
+  if (has_slots(config)) {
+    lithe::usage_meter meter(slots_of(config));
     all.front().evaluate(data, ctx, &meter);
     print_usage(meter.report());
   }
@@ -103,8 +102,8 @@ int main(int argc, char** argv) {
   run_config r;
   CLI::App app{"Trains a byte-level language model with a memory layer beside its dense twin."};
   app.add_option("--text", r.text, "text file")->capture_default_str();
-  app.add_option("--feed-forward", model.feed_forward)->check(CLI::IsMember({"dense", "memory", "flat", "peer"}))->capture_default_str();
-  app.add_option("--memory-at", model.memory_at, "blocks with a memory, from 0")->delimiter(',')->capture_default_str();
+  app.add_option("--feed-forward", model.feed_forward)->check(CLI::IsMember({"dense", "memory", "flat", "peer", "ultramem", "moe"}))->capture_default_str();
+  app.add_option("--memory-at", model.memory_at, "blocks with a memory or experts, from 0")->delimiter(',')->capture_default_str();
   app.add_option("--memory-placement", model.memory_placement)->check(CLI::IsMember({"replace", "after"}))->capture_default_str();
   app.add_option("--objective", model.objective)->check(CLI::IsMember({"causal", "masked"}))->capture_default_str();
   app.add_option("--layers", model.layers)->check(CLI::PositiveNumber)->capture_default_str();
@@ -112,6 +111,7 @@ int main(int argc, char** argv) {
   app.add_option("--context", model.context)->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--sub-keys", model.sub_keys, "its square is the number of slots")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--top-k", model.top_k)->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--experts", model.experts)->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--dropout", model.dropout)->capture_default_str();
   app.add_option("--seed", model.seed)->capture_default_str();
   app.add_option("--steps", r.training.steps)->check(CLI::NonNegativeNumber)->capture_default_str();

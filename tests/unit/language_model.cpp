@@ -47,6 +47,7 @@ model_config small(const std::string& feed_forward = "memory", const std::string
   c.memory_heads = 2;
   c.key_width = 16;
   c.top_k = 4;
+  c.experts = 4;
   c.memory_at = {1};
   c.dropout = 0.1;
   return c;
@@ -146,7 +147,7 @@ TEST(language_model, no_allocation_in_steady_state_inference) {
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
   for (const bool packed : {false, true})
-    for (const char* kind : {"memory", "dense", "flat", "peer"}) {
+    for (const char* kind : {"memory", "dense", "flat", "peer", "ultramem", "moe"}) {
       language_model model = make_model(small(kind, "after"));
       if (packed) prepack(model);
       const auto text = some_text(40, 1);
@@ -175,7 +176,7 @@ TEST(language_model, no_allocation_in_steady_state_inference) {
 }
 
 TEST(language_model, decoding_equals_the_full_pass) {
-  for (const char* kind : {"memory", "flat", "peer", "dense"})
+  for (const char* kind : {"memory", "flat", "peer", "dense", "ultramem", "moe"})
     for (const char* placement : {"replace", "after"}) {
       const language_model model = make_model(small(kind, placement));
       const auto text = some_text(30, 2);
