@@ -113,5 +113,7 @@ template <class S>
 void run_loss(golden_case<S>& c);
 template <class S>
 void run_exits(golden_case<S>& c);
+template <class S>
+void run_reformer(golden_case<S>& c);
 
 }  // namespace golden

@@ -29,6 +29,7 @@ void run_family(golden_case<S>& c, const std::string& name) {
       {"ultramem_memory_plus", run_memory<S>}, {"optimizer_", run_optimiser<S>}, {"loss_", run_loss<S>},
       {"halt_", run_exits<S>}, {"exit_", run_exits<S>},
       {"moe_", run_moe<S>},              {"ultramem_", run_ultra_mem<S>}, {"local_", run_local<S>}, {"bucket_attention_", run_bucket<S>}, {"lsh_", run_lsh<S>},
+      {"reformer_layer_", run_reformer<S>}, {"reformer_lm_", run_reformer<S>},
   };
   for (const auto& f : families)
     if (name.starts_with(f.prefix)) return f.run(c);

@@ -60,6 +60,7 @@ template <std::floating_point S>
   m.drop = dropout<S>(c.dropout);
   m.positions = axial_positions<S>(
       {.shape = c.position_shape, .widths = c.position_widths, .deviation = c.position_deviation, .dropout = c.dropout}, key.child(1));
+  require<config_error>(c.local_chunk >= 1 && c.lsh_chunk >= 1, "reformer: expected chunks of at least 1 token, got ", c.local_chunk, " and ", c.lsh_chunk);
   require<config_error>(m.positions.features() == c.features, "reformer: expected position widths whose sum is the ", c.features, " features, got ",
                         m.positions.features());
   for (std::size_t i = 0; i < c.layers.size(); ++i) {
@@ -80,6 +81,8 @@ template <std::floating_point S>
       lsh.hash.rounds = c.rounds;
       lsh.hash.buckets = c.buckets;
       lsh.hash.most_positions = c.most_positions;
+      lsh.pad_to = reformer_padding(c);
+      if (lsh.pad_to != c.lsh_chunk) lsh.exact_up_to = std::min(c.local_chunk, c.lsh_chunk);  // longer ones the published code pads, and hashes
       lsh_attention<S> a(lsh, k);
       std::uint64_t n = 2;
       for (linear<S>* l : {&a.query_key, &a.value, &a.output}) set_normal(*l, k.child(n++));

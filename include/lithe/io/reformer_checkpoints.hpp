@@ -1,0 +1,207 @@
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include "lithe/compose/reformer.hpp"
+#include "lithe/io/safetensors.hpp"
+#include "lithe/layers/parameters.hpp"
+
+// Hugging Face Reformer models (transformers, models/reformer): their config.json, and their tensors by name.
+
+namespace lithe::inline LITHE_ABI {
+
+/// What config.json says.
+struct reformer_settings {
+  reformer_config model;
+  token_t pad_token = 0, end_token = 2;
+  index_t head_chunk = 0;  ///< rows of logits at a time; 0: all
+};
+
+/// Reads config.json; what it leaves out has the default of the published code. `hash_seed` is of no use: directions of another generator
+/// cannot be drawn again. Throws io_error that names the key.
+[[nodiscard]] inline reformer_settings read_reformer_config(const nlohmann::json& json) {
+  require<io_error>(json.is_object(), "reformer config: expected a JSON object, found a JSON ", json.type_name());
+  reformer_settings s;
+  reformer_config& c = s.model;
+  const auto read = [&](const char* key, auto& value) {
+    const auto found = json.find(key);
+    if (found == json.end() || found->is_null()) return;
+    try {
+      if constexpr (std::integral<std::remove_cvref_t<decltype(value)>> && !std::same_as<std::remove_cvref_t<decltype(value)>, bool>)
+        require<io_error>(found->is_number_integer(), "reformer config: key '", key, "': expected an integer, found ", found->dump());
+      found->get_to(value);
+    } catch (const nlohmann::json::exception&) {
+      throw io_error(concat("reformer config: key '", key, "': expected another type, found ", found->dump()));
+    }
+  };
+  bool axial = true;
+  std::string kind = "relu";
+  std::vector<std::string> layers;
+  read("vocab_size", c.vocabulary);
+  read("hidden_size", c.features);
+  read("num_attention_heads", c.heads);
+  read("attention_head_size", c.head_width);
+  read("feed_forward_size", c.hidden);
+  read("hidden_act", kind);
+  read("attn_layers", layers);
+  read("axial_pos_embds", axial);
+  read("axial_pos_shape", c.position_shape);
+  read("axial_pos_embds_dim", c.position_widths);
+  read("max_position_embeddings", c.most_positions);
+  read("local_attn_chunk_length", c.local_chunk);
+  read("local_num_chunks_before", c.local_before);
+  read("local_num_chunks_after", c.local_after);
+  read("lsh_attn_chunk_length", c.lsh_chunk);
+  read("lsh_num_chunks_before", c.lsh_before);
+  read("lsh_num_chunks_after", c.lsh_after);
+  read("local_attention_probs_dropout_prob", c.local_dropout);
+  read("lsh_attention_probs_dropout_prob", c.lsh_dropout);
+  read("hidden_dropout_prob", c.dropout);
+  read("num_hashes", c.rounds);
+  read("is_decoder", c.causal);
+  read("layer_norm_eps", c.norm_epsilon);
+  read("initializer_range", c.deviation);
+  read("axial_norm_std", c.position_deviation);
+  read("chunk_size_feed_forward", c.feed_forward_chunk);
+  read("chunk_size_lm_head", s.head_chunk);
+  read("pad_token_id", s.pad_token);
+  read("eos_token_id", s.end_token);
+
+  static const std::map<std::string, activation> kinds{
+      {"relu", activation::relu}, {"gelu", activation::gelu}, {"gelu_new", activation::gelu_tanh}, {"silu", activation::silu}, {"swish", activation::silu}};
+  require<io_error>(kinds.contains(kind), "reformer config: key 'hidden_act': expected relu, gelu, gelu_new, silu or swish, found '", kind, "'");
+  c.kind = kinds.at(kind);
+  if (json.contains("attn_layers")) c.layers.clear();
+  for (const std::string& layer : layers) {
+    require<io_error>(layer == "local" || layer == "lsh", "reformer config: key 'attn_layers': expected local or lsh, found '", layer, "'");
+    c.layers.push_back(layer == "local" ? reformer_layer::local : reformer_layer::lsh);
+  }
+  if (!axial) {
+    c.position_shape = {c.most_positions};
+    c.position_widths = {c.features};
+    c.position_deviation = c.deviation;
+  }
+  const auto buckets = json.find("num_buckets");
+  if (buckets != json.end() && !buckets->is_null()) {
+    std::vector<index_t> factors(1);
+    if (buckets->is_array())
+      read("num_buckets", factors);
+    else
+      read("num_buckets", factors.front());
+    c.buckets = bucket_factors(std::span<const index_t>(factors));
+  }
+  return s;
+}
+
+/// f(public name, public shape, tensors...) for every tensor of a model and of structs of the same tree (gradients). `prefix` stands before
+/// the names of the model without its head: "reformer." in checkpoints of the whole.
+template <class F, std::floating_point S, class... Structs>
+void visit_reformer(const reformer<S>& model, const std::string& prefix, F&& f, Structs&... structs) {
+  using dims = std::vector<index_t>;
+  const auto norm = [&](const std::string& name, const layer_norm<S>& n, auto&... t) {
+    f(name + ".weight", dims{n.weight.cols()}, t.weight...);
+    f(name + ".bias", dims{n.weight.cols()}, t.bias...);
+  };
+  const auto weight = [&](const std::string& name, const linear<S>& l, auto&... t) { f(name + ".weight", dims{l.weight.rows(), l.weight.cols()}, t.weight...); };
+  const auto bias = [&](const std::string& name, const linear<S>& l, auto&... t) { f(name, dims{l.weight.rows()}, t.bias...); };
+  const std::string embeddings = prefix + "embeddings.", axes = embeddings + "position_embeddings.";
+  f(embeddings + "word_embeddings.weight", dims{model.words.weight.rows(), model.words.weight.cols()}, structs.words.weight...);
+  const std::size_t count = model.positions.weights.size();
+  for (std::size_t k = 0; k < count; ++k) {
+    const auto& table = model.positions.weights[k];
+    dims shape(count, 1);
+    shape[k] = table.rows();
+    shape.push_back(table.cols());
+    f(count == 1 ? axes + "embedding.weight" : axes + "weights." + std::to_string(k), shape, structs.positions.weights[k]...);
+  }
+  for (std::size_t i = 0; i < model.blocks.blocks.size(); ++i) {
+    const std::string layer = prefix + "encoder.layers." + std::to_string(i), attention = layer + ".attention", feed = layer + ".feed_forward";
+    const auto block = [&](const auto& b, auto&... t) {
+      norm(attention + ".layer_norm", std::get<0>(b.parts).norm, std::get<0>(t.parts).norm...);
+      const auto& a = std::get<0>(b.parts).inner;
+      const std::string self = attention + ".self_attention.";
+      if constexpr (requires { a.query_key; }) {
+        weight(self + "query_key", a.query_key, std::get<0>(t.parts).inner.query_key...);
+      } else {
+        weight(self + "query", a.query, std::get<0>(t.parts).inner.query...);
+        weight(self + "key", a.key, std::get<0>(t.parts).inner.key...);
+      }
+      weight(self + "value", a.value, std::get<0>(t.parts).inner.value...);
+      weight(attention + ".output.dense", a.output, std::get<0>(t.parts).inner.output...);
+      norm(feed + ".layer_norm", std::get<1>(b.parts).norm, std::get<1>(t.parts).norm...);
+      const auto& n = std::get<1>(b.parts).inner;
+      weight(feed + ".dense.dense", n.up, std::get<1>(t.parts).inner.up...);
+      bias(feed + ".dense.dense.bias", n.up, std::get<1>(t.parts).inner.up...);
+      weight(feed + ".output.dense", n.down, std::get<1>(t.parts).inner.down...);
+      bias(feed + ".output.dense.bias", n.down, std::get<1>(t.parts).inner.down...);
+    };
+    const auto& value = model.blocks.blocks[i].value;
+    if (value.index() == 0)
+      block(std::get<0>(value), std::get<0>(structs.blocks.blocks[i].value)...);
+    else
+      block(std::get<1>(value), std::get<1>(structs.blocks.blocks[i].value)...);
+  }
+  norm(prefix + "encoder.layer_norm", std::get<0>(model.head.layers), std::get<0>(structs.head.layers)...);
+  const auto& output = std::get<2>(model.head.layers);
+  weight("lm_head.decoder", output, std::get<2>(structs.head.layers)...);
+  bias("lm_head.bias", output, std::get<2>(structs.head.layers)...);
+}
+
+/// Loads a checkpoint by its public names into a model built with its configuration. A checkpoint of the model without its head leaves the
+/// head's projection as it is. Buffers of constants are passed over, and `lm_head.decoder.bias`, which must be `lm_head.bias` where both stand.
+///
+/// All or nothing. Throws io_error that names file and tensor: missing, unknown, of another shape or not of floating-point numbers.
+template <std::floating_point S>
+void import_reformer(const safetensors_file& file, reformer<S>& model) {
+  const std::string path = file.path().string(), alias = "lm_head.decoder.bias";
+  const bool whole = file.contains("reformer.embeddings.word_embeddings.weight") || !file.contains("embeddings.word_embeddings.weight");
+  const std::string prefix = whole ? "reformer." : "";
+  reformer<S> next = model;
+  std::set<std::string> known;
+  std::vector<std::function<void()>> reads;
+  visit_reformer(
+      std::as_const(next), prefix,
+      [&](const std::string& name, const std::vector<index_t>& shape, matrix<S>& t) {
+        if (!whole && name.starts_with("lm_head.")) return;
+        const std::string found = name == "lm_head.bias" && !file.contains(name) && file.contains(alias) ? alias : name;
+        known.insert(found);
+        require<io_error>(file.contains(found), path, ": tensor ", detail::quoted(name), ": expected shape ", to_text(shape),
+                          ", found no tensor of that name");
+        const tensor_info& info = file.info(found);
+        require<io_error>(info.shape == shape, path, ": tensor ", detail::quoted(name), ": expected shape ", to_text(shape), ", found ", to_text(info.shape));
+        require<io_error>(is_floating(info.type), path, ": tensor ", detail::quoted(name), ": expected floating-point numbers, found ", info.type_name);
+        reads.emplace_back([&file, &t, found] {
+          const auto numbers = file.template read<S>(found);
+          std::copy(numbers.begin(), numbers.end(), t.data());
+        });
+      },
+      next);
+  for (const std::string& name : file.names()) {
+    const bool constant = name.find(".self_attention.self_mask_value_float") != std::string::npos ||
+                          name.find(".self_attention.mask_value_float") != std::string::npos;
+    require<io_error>(known.contains(name) || constant || (whole && name == alias), path, ": tensor ", detail::quoted(name),
+                      ": expected no tensor of this name in a model of this configuration");
+  }
+  if (known.contains("lm_head.bias") && file.contains(alias))
+    require<io_error>(file.template read<double>(alias) == file.template read<double>("lm_head.bias"), path, ": tensor ", detail::quoted(alias),
+                      ": expected the numbers of 'lm_head.bias', found others");
+  for (const auto& read : reads) read();
+  refresh(next);
+  model = std::move(next);
+}
+
+/// Writes a model under its public names. `metadata`: by custom {"config": config.json}.
+template <std::floating_point S>
+void export_reformer(const std::filesystem::path& path, const reformer<S>& model, metadata_map metadata = {}) {
+  safetensors_writer file;
+  file.metadata = std::move(metadata);
+  visit_reformer(
+      model, "reformer.",
+      [&](const std::string& name, const std::vector<index_t>& shape, const matrix<S>& t) {
+        file.add<S>(name, shape, std::span<const S>(t.data(), static_cast<std::size_t>(t.size())));
+      },
+      model);
+  file.write(path);
+}
+
+}  // namespace lithe::inline LITHE_ABI
