@@ -29,6 +29,7 @@ class chunk_attention {
     for (index_t c = first; c < last; ++c) {
       window_.load(round, c + h.after);
       const index_t slot = window_.slot(c), base = slot * window_.chunk, n = window_.counts[slot];
+      window_.prefetch(o, base, n);
       for (index_t i = 0; i < n; i += block_) attend(round, base + i, std::min(block_, n - i), maximum, sum, o);
     }
   }

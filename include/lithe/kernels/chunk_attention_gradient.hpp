@@ -45,7 +45,10 @@ class chunk_attention_gradient {
     for (index_t c = first - h.before; c < first + h.after; ++c) load(round, c);
     for (index_t c = first; c < last; ++c) {
       load(round, c + h.after);
-      const index_t slot = window_.slot(c), base = slot * window_.chunk, n = window_.counts[slot];
+      const index_t slot = window_.slot(c), base = slot * window_.chunk, n = window_.counts[slot], out = window_.slot(c - h.before);
+      window_.prefetch(dq, out * window_.chunk, window_.counts[out]);
+      window_.prefetch(dv, out * window_.chunk, window_.counts[out]);
+      window_.prefetch(softmax.g, base, n);
       for (index_t i = 0; i < n; i += block_) differentiate(round, base + i, std::min(block_, n - i), softmax);
       finish(c - h.before, dq, dv);
     }

@@ -127,7 +127,20 @@ struct chunk_window {
     pack_transposed(queries.row(base), query_stride, chunk, D, keys.row(s * D), chunk);
     using row = Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>>;
     for (index_t k = 0; k < D; ++k) row(keys.row(s * D + k), chunk) *= row(scales.data() + base, chunk);
-    prefetch(find(round, c + 1));
+    const run_of_tokens next = find(round, c + 1);
+    prefetch(head.q, next.tokens, next.count);
+    prefetch(head.v, next.tokens, next.count);
+  }
+
+  /// Brings the rows of n tokens nearer (to the second-level cache, they would overrun the first), given or of the ring from row `base` on.
+  template <class E>
+  void prefetch(matrix_view<E> m, index_t base, index_t n) const {
+    prefetch(m, tokens.data() + base, n);
+  }
+  template <class E>
+  static void prefetch(matrix_view<E> m, const position_t* which, index_t n) {
+    for (index_t i = 0; i < n; ++i)
+      for (index_t k = 0; k < m.cols(); k += line) __builtin_prefetch(m.row(which[i]) + k, 0, 2);
   }
 
   /// scores [M x width] of the M queries from row `first` of the ring on, before any mask.
@@ -197,13 +210,7 @@ struct chunk_window {
     const index_t first = from * head.chunk;
     return {from_round, std::clamp<index_t>(head.length() - first, 0, head.chunk), head.order.row(from_round) + first};
   }
-  void prefetch(run_of_tokens next) const {
-    constexpr index_t line = 64 / static_cast<index_t>(sizeof(S));
-    for (index_t i = 0; i < next.count; ++i) {
-      for (index_t k = 0; k < D; k += line) __builtin_prefetch(head.q.row(next.tokens[i]) + k);
-      for (index_t k = 0; k < head.v.cols(); k += line) __builtin_prefetch(head.v.row(next.tokens[i]) + k);
-    }
-  }
+  static constexpr index_t line = 64 / static_cast<index_t>(sizeof(S));
   static void pad(const S* from, index_t n, S* to, index_t stride) { std::fill(std::copy_n(from, n, to), to + stride, S(0)); }
 
   [[nodiscard]] bool same_bucket(index_t round, index_t i, index_t from_round, index_t j) const {

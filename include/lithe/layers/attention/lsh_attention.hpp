@@ -126,12 +126,11 @@ struct lsh_attention {
   }
   // Whether the record's ids are taken as they are.
   bool prepare(index_t T, record& r, const context& ctx) const {
-    const bool keep = ctx.replay || config.hash.family == hash_family::external;
-    if (keep)
+    if (ctx.replay || config.hash.family == hash_family::external)
       check_ids(T, r);
     else
       r.buckets.value.resize(config.heads * config.hash.rounds, T);
-    return keep;
+    return ctx.replay;
   }
 
   [[nodiscard]] static matrix_view<const S> rows_of_head(const linear<S>& l, index_t h, index_t d) { return view(l.weight).slice_rows(h * d, d); }
@@ -152,6 +151,11 @@ struct lsh_attention {
       }
     });
   }
+  static void check_external(matrix_view<const bucket_t> ids, index_t buckets, index_t begin, const context& ctx) {
+    for (index_t r = 0; r < ids.rows(); ++r)
+      for (index_t t = 0; t < ids.cols(); ++t)
+        require<config_error>(ids(r, t) < buckets || !ctx.valid(begin + t), "lsh_attention: expected external bucket ids below ", buckets, ", got ", ids(r, t));
+  }
   // Neighbouring sequences with equally many buckets are hashed together.
   void choose(const heads_of& heads, matrix_view<bucket_t> ids, const context& ctx) const {
     const index_t R = config.hash.rounds, n = ctx.rows.count();
@@ -165,6 +169,7 @@ struct lsh_attention {
           continue;
         }
         const bucket_factors f = heads.buckets(one);
+        if (config.hash.family == hash_family::external) check_external(rows.slice_cols(one.begin, one.length), f.total(), one.begin, ctx);
         index_t end = one.begin + one.length;
         for (; next < n && config.hash.sharing != direction_sharing::head_and_sequence; ++next) {
           const auto other = heads.find(next);
@@ -183,20 +188,22 @@ struct lsh_attention {
     const index_t T = x.rows(), H = config.heads, d = config.head_width, R = config.hash.rounds, G = heads_of::together(T, d, H);
     const bool all = a.context.data() != nullptr || T == 0;
     {
-      const scratch<S> q(ctx, G * T, d), v(ctx, G * T, d), scales(ctx, G, T), o(ctx, all ? 0 : G * T, d), softmax(ctx, all ? 0 : 2 * G, T);
+      const scratch<S> rows(ctx, G * T, (all ? 2 : 3) * d), scales(ctx, G, T), softmax(ctx, all ? 0 : 2 * G, T);
+      const auto part = [&](index_t i) { return rows.view().slice_cols(i * d, d); };
+      const matrix_view<S> q = part(0), v = part(1);
       const scratch<position_t> order(ctx, G * R, T), places(ctx, config.count_once ? G * R : 0, T);
       for (index_t h = 0; h < H; h += G) {
         const index_t n = std::min(G, H - h);
         project(x, h, n, q, v, scales.data(), ctx);
-        heads_of heads{config, hash, ctx, T, h, n, q.view(), v.view(), scales.data(), a.ids, order.view(), config.count_once ? places.view() : matrix_view<position_t>{}};
+        heads_of heads{config, hash, ctx, T, h, n, q, v, scales.data(), a.ids, order.view(), config.count_once ? places.view() : matrix_view<position_t>{}};
         if (!keep) choose(heads, a.ids, ctx);
         heads.sort();
         if (all) {
           heads.forward([&](index_t g) { return a.context.slice_cols((h + g) * d, d); }, a.maximum.slice_rows(h, n), a.sum.slice_rows(h, n));
           continue;
         }
-        heads.forward([&](index_t g) { return o.view().slice_rows(g * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));
-        add_output(o, h, n, y, S(1), ctx);
+        heads.forward([&](index_t g) { return part(2).slice_rows(g * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));
+        add_output(part(2), h, n, y, S(1), ctx);
       }
     }
     if (!all) return;
@@ -223,27 +230,30 @@ struct lsh_attention {
                     const context& ctx) const {
     const index_t T = x.rows(), H = config.heads, d = config.head_width, R = config.hash.rounds, G = heads_of::together(T, d, H);
     const bool again = y.data() != nullptr;
-    const scratch<S> q(ctx, G * T, d), v(ctx, G * T, d), g(ctx, G * T, d), dq(ctx, G * T, d), dv(ctx, G * T, d), o(ctx, again ? G * T : 0, d);
+    // All that belongs to a token side by side: sorted tokens are met in no order, each on a page of its own.
+    const scratch<S> rows(ctx, G * T, (again ? 6 : 5) * d);
+    const auto column = [&](index_t i) { return rows.view().slice_cols(i * d, d); };
+    const matrix_view<S> q = column(0), v = column(1), g = column(2), dq = column(3), dv = column(4);
     const scratch<S> scales(ctx, G, T), dots(ctx, G, T), softmax(ctx, again ? 2 * G : 0, T);
     const scratch<position_t> order(ctx, G * R, T), places(ctx, config.count_once ? G * R : 0, T);
     for (index_t h = 0; h < H; h += G) {
       const index_t n = std::min(G, H - h);
       project(x, h, n, q, v, scales.data(), ctx);
-      const heads_of heads{config, hash, ctx, T, h, n, q.view(), v.view(), scales.data(), r.buckets.value, order.view(),
+      const heads_of heads{config, hash, ctx, T, h, n, q, v, scales.data(), r.buckets.value, order.view(),
                            config.count_once ? places.view() : matrix_view<position_t>{}};
       heads.sort();
       if (again) {
-        heads.forward([&](index_t i) { return o.view().slice_rows(i * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));
-        add_output(o, h, n, y, S(-1), ctx);
+        heads.forward([&](index_t i) { return column(5).slice_rows(i * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));
+        add_output(column(5), h, n, y, S(-1), ctx);
       }
       const auto head_output = [&](index_t i) -> matrix_view<const S> {
-        return again ? matrix_view<const S>(o.view()).slice_rows(i * T, T) : matrix_view<const S>(r.context).slice_cols((h + i) * d, d);
+        return again ? matrix_view<const S>(column(5)).slice_rows(i * T, T) : matrix_view<const S>(r.context).slice_cols((h + i) * d, d);
       };
       split_gradient(dy, h, n, head_output, g, dw, ctx);
       ctx.exec->run(T, block, [&](index_t from, index_t to) {
         for (index_t i = 0; i < n; ++i) {
-          softmax_row_dots<S>(g.view().slice_rows(i * T + from, to - from), head_output(i).slice_rows(from, to - from), dots.row(i) + from);
-          for (const scratch<S>* m : {&dq, &dv}) std::fill_n(m->row(i * T + from), (to - from) * d, S(0));
+          softmax_row_dots<S>(g.slice_rows(i * T + from, to - from), head_output(i).slice_rows(from, to - from), dots.row(i) + from);
+          rows.view().slice_rows(i * T + from, to - from).slice_cols(3 * d, 2 * d).map().setZero();  // dq, dv
         }
       });
       if (again)
@@ -252,15 +262,15 @@ struct lsh_attention {
         heads.backward(g, view(r.maximum).slice_rows(h, n), view(r.sum).slice_rows(h, n), dots, dq, dv);
       ctx.exec->run(T, block, [&](index_t from, index_t to) {
         for (index_t i = 0; i < n; ++i) {
-          const auto part = [&](const scratch<S>& m) -> matrix_view<const S> { return m.view().slice_rows(i * T + from, to - from); };
+          const auto part = [&](matrix_view<const S> m) { return m.slice_rows(i * T + from, to - from); };
           const matrix_view<S> out = dx.slice_rows(from, to - from);
           gemm_nn<S>(part(dq), rows_of_head(query_key, h + i, d), out, ctx, h + i == 0 && !again ? update::assign : update::add);
           gemm_nn<S>(part(dv), rows_of_head(value, h + i, d), out, ctx, update::add);
         }
       });
       for (index_t i = 0; i < n; ++i) {
-        gemm_tn<S>(dq.view().slice_rows(i * T, T), x, view(dw.query_key.weight).slice_rows((h + i) * d, d), ctx, update::add);
-        gemm_tn<S>(dv.view().slice_rows(i * T, T), x, view(dw.value.weight).slice_rows((h + i) * d, d), ctx, update::add);
+        gemm_tn<S>(dq.slice_rows(i * T, T), x, view(dw.query_key.weight).slice_rows((h + i) * d, d), ctx, update::add);
+        gemm_tn<S>(dv.slice_rows(i * T, T), x, view(dw.value.weight).slice_rows((h + i) * d, d), ctx, update::add);
       }
     }
   }
