@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/attention_gradient.hpp"
 #include "lithe/kernels/dropout.hpp"
+#include "lithe/layers/attention/lsh_cache.hpp"
 #include "lithe/layers/attention/lsh_heads.hpp"
 #include "lithe/layers/linear.hpp"
 
@@ -92,6 +93,76 @@ struct lsh_attention {
     run_backward(x, r, y, dy, dx, g, ctx);
   }
 
+  using cache = lsh_cache<S>;
+
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
+    require<config_error>(config.hash.family != hash_family::external, "lsh_attention: decoding needs a hash of its own, not external bucket ids");
+    return cache(hash, config, slots, capacity);
+  }
+  /// The outputs of new rows, which follow what their slots hold; they are appended. Rows that begin a slot get what `forward` gives them with the
+  /// cache's directions and buckets; later ones, one after the other, see in each round the window around their place among the tokens there are
+  /// then. That is how the published models decode; except up to `exact_up_to` tokens it is not what a forward over the whole sequence gives,
+  /// because later tokens move the chunks. Throws as `attention::decode`.
+  void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    const shape out = output_shape(x);
+    require_shape("lsh_attention", "y", y, out.rows, out.cols);
+    const index_t T = x.rows(), H = config.heads, d = config.head_width;
+    c.tokens.check("lsh_attention", T, ctx);
+    const scratch<S> o(ctx, T, H * d);
+    context inference = ctx;
+    inference.train = false;
+    inference.slots = {};
+    inference.rows = {};
+    const index_t sequences = ctx.rows.count();
+    const scratch<index_t> before(ctx, sequences);
+    for (index_t s = 0; s < sequences; ++s) before[s] = c.tokens.tokens(ctx.slot(s));
+    append(x, c, ctx);
+    for (index_t s = 0; s < sequences; ++s) {
+      const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, T) - i;
+      if (before[s] != 0 || n == 0) continue;
+      const scratch<bucket_t> ids(ctx, H * config.hash.rounds, n);
+      const scratch<S> softmax(ctx, 2 * H, n);
+      attend(x.slice_rows(i, n), {o.view().slice_rows(i, n), softmax.view().slice_rows(0, H), softmax.view().slice_rows(H, H), ids}, {}, c.hash, false,
+             inference);
+    }
+    ctx.exec->run(sequences * H, 1, [&](index_t first, index_t last) {
+      for (index_t piece = first; piece < last; ++piece) {
+        const index_t s = piece / H, h = piece % H, slot = ctx.slot(s), i = ctx.rows.begin(s), n = ctx.rows.end(s, T) - i;
+        for (index_t t = 0; t < n; ++t) {
+          const auto token = static_cast<position_t>(before[s] + t);
+          for (index_t r = 0; r < config.hash.rounds; ++r) c.link(c.list_row(slot, h, r), token);
+          if (before[s] != 0) detail::attend_cached<S>(config, c, slot, h, token, o.row(i + t) + h * d, ctx);
+        }
+      }
+    });
+    output.forward(o, y, ctx);
+  }
+  /// Appends x only.
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    output_shape(x);
+    c.tokens.check("lsh_attention", x.rows(), ctx);
+    append(x, c, ctx);
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t slot = ctx.slot(s), end = c.tokens.tokens(slot), n = ctx.rows.end(s, x.rows()) - ctx.rows.begin(s);
+      for (index_t h = 0; h < config.heads; ++h)
+        for (index_t r = 0; r < config.hash.rounds; ++r)
+          for (index_t t = end - n; t < end; ++t) c.link(c.list_row(slot, h, r), static_cast<position_t>(t));
+    }
+  }
+  void truncate(cache& c, index_t slot, index_t length) const { c.truncate(slot, length); }
+  void permute(cache& c, std::span<const index_t> order) const { c.permute(order); }
+
+  /// For a token of a sequence of `length` tokens.
+  [[nodiscard]] cost forward_cost(index_t length) const {
+    const double d = static_cast<double>(config.head_width), H = static_cast<double>(config.heads), R = static_cast<double>(config.hash.rounds);
+    const bool exact = length <= config.exact_up_to;
+    const index_t padded = std::max<index_t>(1, (length + config.pad_to - 1) / config.pad_to) * config.pad_to;
+    const double keys = exact ? static_cast<double>(length) : R * static_cast<double>((config.before + 1 + config.after) * config.chunk);
+    const double hashing = exact ? 0 : 2 * R * d * static_cast<double>(hash.directions(hash.buckets("lsh_attention", padded, config.chunk)));
+    return query_key.forward_cost(length) + value.forward_cost(length) + output.forward_cost(length) +
+           cost{0, H * (4 * keys * d + hashing), 2 * keys * d * H * sizeof(S)};
+  }
+
   template <class F, class... T>
   static void visit(F&& f, T&... s) {
     f("query_key", s.query_key...);
@@ -103,6 +174,27 @@ struct lsh_attention {
   static constexpr index_t block = 512;         // rows of x that are projected to all heads while they are in a cache
   static constexpr index_t wide_block = 4096;   // rows whose heads are joined at once
   static constexpr std::uint64_t output_child = 2;
+
+  void append(matrix_view<const S> x, cache& c, const context& ctx) const {
+    const index_t T = x.rows(), H = config.heads, d = config.head_width, R = config.hash.rounds;
+    const scratch<S> q(ctx, T, H * d), v(ctx, T, H * d), scales(ctx, T);
+    const scratch<bucket_t> ids(ctx, R, T);
+    query_key.forward(x, q, ctx);
+    value.forward(x, v, ctx);
+    const bucket_factors& f = c.hash.config.buckets;
+    const index_t n = R * c.hash.directions(f);
+    for (index_t h = 0; h < H; ++h) {
+      const auto part = q.view().slice_cols(h * d, d);
+      c.hash.hash(part, view(c.hash.given).slice_rows(h * n, n), f, ids, ctx);
+      key_scales<S>(config.norm, part, scales.data());
+      for (index_t s = 0; s < ctx.rows.count(); ++s) {
+        const index_t i = ctx.rows.begin(s), count = ctx.rows.end(s, T) - i, slot = ctx.slot(s), at = c.tokens.tokens(slot);
+        std::copy_n(scales.data() + i, count, c.scales.row(c.head_row(slot, h)).data() + at);
+        for (index_t r = 0; r < R; ++r) std::copy_n(ids.row(r) + i, count, c.ids.row(c.list_row(slot, h, r)).data() + at);
+      }
+    }
+    c.tokens.append(q, v, ctx);
+  }
 
   using heads_of = detail::lsh_heads<S>;
   struct activations {
@@ -169,46 +261,47 @@ struct lsh_attention {
           continue;
         }
         const bucket_factors f = heads.buckets(one);
-        if (config.hash.family == hash_family::external) check_external(rows.slice_cols(one.begin, one.length), f.total(), one.begin, ctx);
+        if (heads.hash.config.family == hash_family::external) check_external(rows.slice_cols(one.begin, one.length), f.total(), one.begin, ctx);
         index_t end = one.begin + one.length;
         for (; next < n && config.hash.sharing != direction_sharing::head_and_sequence; ++next) {
           const auto other = heads.find(next);
           if (other.exact || !(heads.buckets(other) == f)) break;
           end = other.begin + other.length;
         }
-        const scratch<S> directions(ctx, R * hash.directions(f), config.head_width);
-        hash.draw("lsh_attention", heads.first + g, s, f, directions, ctx);
+        const scratch<S> directions(ctx, R * heads.hash.directions(f), config.head_width);
+        heads.hash.draw("lsh_attention", heads.first + g, s, f, directions, ctx);
         const auto part = rows.slice_cols(one.begin, end - one.begin);
-        hash.hash(heads.q.slice_rows(g * heads.T + one.begin, end - one.begin), directions, f, part, ctx);
+        heads.hash.hash(heads.q.slice_rows(g * heads.T + one.begin, end - one.begin), directions, f, part, ctx);
         if (!ctx.mask.empty()) hash_padding(ctx.mask.subspan(static_cast<std::size_t>(one.begin), static_cast<std::size_t>(end - one.begin)), f.total(), part);
       }
   }
 
   void run_forward(matrix_view<const S> x, matrix_view<S> y, const activations& a, bool keep, const context& ctx) const {
-    const index_t T = x.rows(), H = config.heads, d = config.head_width, R = config.hash.rounds, G = heads_of::together(T, d, H);
-    const bool all = a.context.data() != nullptr || T == 0;
-    {
-      const scratch<S> rows(ctx, G * T, (all ? 2 : 3) * d), scales(ctx, G, T), softmax(ctx, all ? 0 : 2 * G, T);
-      const auto part = [&](index_t i) { return rows.view().slice_cols(i * d, d); };
-      const matrix_view<S> q = part(0), v = part(1);
-      const scratch<position_t> order(ctx, G * R, T), places(ctx, config.count_once ? G * R : 0, T);
-      for (index_t h = 0; h < H; h += G) {
-        const index_t n = std::min(G, H - h);
-        project(x, h, n, q, v, scales.data(), ctx);
-        heads_of heads{config, hash, ctx, T, h, n, q, v, scales.data(), a.ids, order.view(), config.count_once ? places.view() : matrix_view<position_t>{}};
-        if (!keep) choose(heads, a.ids, ctx);
-        heads.sort();
-        if (all) {
-          heads.forward([&](index_t g) { return a.context.slice_cols((h + g) * d, d); }, a.maximum.slice_rows(h, n), a.sum.slice_rows(h, n));
-          continue;
-        }
-        heads.forward([&](index_t g) { return part(2).slice_rows(g * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));
-        add_output(part(2), h, n, y, S(1), ctx);
-      }
-    }
-    if (!all) return;
+    attend(x, a, y, hash, keep, ctx);
+    if (a.context.data() == nullptr) return;
     output.forward(a.context, y, ctx);
     drop_output(y, 0, ctx);
+  }
+  // The heads of all tokens, to `a`; or else to y through the output projection, a few heads at a time.
+  void attend(matrix_view<const S> x, const activations& a, matrix_view<S> y, const token_hash<S>& by, bool keep, const context& ctx) const {
+    const index_t T = x.rows(), H = config.heads, d = config.head_width, R = config.hash.rounds, G = heads_of::together(T, d, H);
+    const bool all = a.context.data() != nullptr;
+    const scratch<S> rows(ctx, G * T, (all ? 2 : 3) * d), scales(ctx, G, T), softmax(ctx, all ? 0 : 2 * G, T);
+    const auto column = [&](index_t i) { return rows.view().slice_cols(i * d, d); };
+    const scratch<position_t> order(ctx, G * R, T), places(ctx, config.count_once ? G * R : 0, T);
+    for (index_t h = 0; T != 0 && h < H; h += G) {
+      const index_t n = std::min(G, H - h);
+      project(x, h, n, column(0), column(1), scales.data(), ctx);
+      const heads_of heads{config, by, ctx, T, h, n, column(0), column(1), scales.data(), a.ids, order, places};
+      if (!keep) choose(heads, a.ids, ctx);
+      heads.sort();
+      if (all) {
+        heads.forward([&](index_t g) { return a.context.slice_cols((h + g) * d, d); }, a.maximum.slice_rows(h, n), a.sum.slice_rows(h, n));
+      } else {
+        heads.forward([&](index_t g) { return column(2).slice_rows(g * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));
+        add_output(column(2), h, n, y, S(1), ctx);
+      }
+    }
   }
 
   // y += sign dropout(Σ o_h Wo_hᵀ) over n heads from h on, o [n T x D].
@@ -236,11 +329,10 @@ struct lsh_attention {
     const matrix_view<S> q = column(0), v = column(1), g = column(2), dq = column(3), dv = column(4);
     const scratch<S> scales(ctx, G, T), dots(ctx, G, T), softmax(ctx, again ? 2 * G : 0, T);
     const scratch<position_t> order(ctx, G * R, T), places(ctx, config.count_once ? G * R : 0, T);
-    for (index_t h = 0; h < H; h += G) {
+    for (index_t h = 0; T != 0 && h < H; h += G) {
       const index_t n = std::min(G, H - h);
       project(x, h, n, q, v, scales.data(), ctx);
-      const heads_of heads{config, hash, ctx, T, h, n, q, v, scales.data(), r.buckets.value, order.view(),
-                           config.count_once ? places.view() : matrix_view<position_t>{}};
+      const heads_of heads{config, hash, ctx, T, h, n, q, v, scales.data(), r.buckets.value, order, places};
       heads.sort();
       if (again) {
         heads.forward([&](index_t i) { return column(5).slice_rows(i * T, T); }, softmax.view().slice_rows(0, n), softmax.view().slice_rows(G, n));

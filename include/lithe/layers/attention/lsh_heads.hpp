@@ -54,7 +54,7 @@ struct lsh_heads {
         }
         const scratch<index_t> starts(ctx, buckets(s).total() + 2);
         bucket_sort({ids.row((first + g) * R + r) + s.begin, sorted.size()}, starts.span(), sorted);
-        if (places.data() == nullptr) continue;
+        if (!config.count_once) continue;
         const auto place = part(places.row(g * R + r));
         for (std::size_t p = 0; p < sorted.size(); ++p) place[static_cast<std::size_t>(sorted[p])] = static_cast<position_t>(p);
       }

@@ -1,0 +1,162 @@
+#pragma once
+
+#include "lithe/layers/attention/key_value_cache.hpp"
+#include "lithe/layers/attention/lsh_config.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// What decoding LSH attention remembers: queries and values, and for each head and round the tokens by bucket, as lists that grow at their
+/// ends, so that nothing is sorted for a token. The number of buckets and the directions are chosen when the cache is made.
+template <class S>
+struct lsh_cache {
+  key_value_cache<S> tokens;   ///< queries stand where the keys would
+  token_hash<S> hash;          ///< with buckets and directions fixed
+  matrix<S> scales;            ///< of the keys, [(place, head) x capacity]
+  matrix<bucket_t> ids;        ///< [(place, head, round) x capacity]
+  matrix<position_t> next;     ///< the token behind it in its bucket, or -1, [(place, head, round) x capacity]
+  matrix<position_t> first, last, count;  ///< of each bucket, [(place, head, round) x buckets]
+
+  lsh_cache() = default;
+  lsh_cache(const token_hash<S>& h, const lsh_attention_config& c, index_t slots, index_t capacity)
+      : tokens("lsh_attention", slots, capacity, c.heads, c.head_width), hash(h) {
+    const index_t padded = std::max<index_t>(1, (capacity + c.pad_to - 1) / c.pad_to) * c.pad_to;
+    hash.config.buckets = hash.buckets("lsh_attention", padded, c.chunk);
+    const index_t n = c.hash.rounds * hash.directions(hash.config.buckets), lists = slots * c.heads * c.hash.rounds, buckets = hash.config.buckets.total();
+    matrix<S> directions(c.heads * n, c.head_width);
+    for (index_t head = 0; n != 0 && head < c.heads; ++head)
+      hash.draw("lsh_attention", head, 0, hash.config.buckets, view(directions).slice_rows(head * n, n), {});
+    hash.given = std::move(directions);
+    scales.resize(slots * c.heads, capacity);
+    ids.resize(lists, capacity);
+    next.resize(lists, capacity);
+    for (auto* m : {&first, &last, &count}) m->setZero(lists, buckets);
+  }
+
+  [[nodiscard]] index_t head_row(index_t slot, index_t head) const { return place(slot) * tokens.heads + head; }
+  [[nodiscard]] index_t list_row(index_t slot, index_t head, index_t round) const { return head_row(slot, head) * hash.config.rounds + round; }
+
+  /// Puts token t, which is later than all of a list's, into its bucket.
+  void link(index_t row, position_t t) {
+    const bucket_t b = ids(row, t);
+    if (count(row, b)++ == 0)
+      first(row, b) = t;
+    else
+      next(row, last(row, b)) = t;
+    last(row, b) = t;
+    next(row, t) = -1;
+  }
+  /// The rank of the newest token of a bucket in the order by (bucket, position).
+  [[nodiscard]] index_t rank(index_t row, bucket_t b) const {
+    index_t n = -1;
+    for (index_t i = 0; i <= b; ++i) n += count(row, i);
+    return n;
+  }
+  /// f(token) for `n` ranks from `start` on, around the end.
+  template <class F>
+  void each_rank(index_t row, index_t start, index_t n, F&& f) const {
+    if (n <= 0) return;
+    index_t b = 0;
+    for (; start >= count(row, b); ++b) start -= count(row, b);
+    position_t t = first(row, b);
+    for (; start > 0; --start) t = next(row, t);
+    for (;; t = next(row, t)) {
+      while (t < 0) {
+        b = (b + 1) % count.cols();
+        t = count(row, b) == 0 ? -1 : first(row, b);
+      }
+      f(t);
+      if (--n == 0) return;
+    }
+  }
+
+  void truncate(index_t slot, index_t length) {
+    tokens.truncate("lsh_attention", slot, length);
+    const index_t lists = tokens.heads * hash.config.rounds;
+    for (index_t row = place(slot) * lists; row < (place(slot) + 1) * lists; ++row) {
+      count.row(row).setZero();
+      for (position_t t = 0; t < length; ++t) link(row, t);
+    }
+  }
+  void permute(std::span<const index_t> order) {
+    const index_t H = tokens.heads, lists = H * hash.config.rounds;
+    tokens.permute("lsh_attention", order, [&](index_t from, index_t to, index_t n) {
+      scales.block(to * H, 0, H, n) = scales.block(from * H, 0, H, n);
+      ids.block(to * lists, 0, lists, n) = ids.block(from * lists, 0, lists, n);
+      next.block(to * lists, 0, lists, n) = next.block(from * lists, 0, lists, n);
+      for (auto* m : {&first, &last, &count}) m->middleRows(to * lists, lists) = m->middleRows(from * lists, lists);
+    });
+  }
+
+ private:
+  [[nodiscard]] index_t place(index_t slot) const { return tokens.place[static_cast<std::size_t>(slot)]; }
+};
+
+namespace detail {
+
+/// The newest linked token t of one head of a slot against those before it: per round the window around its rank (spec of the published
+/// decoder: ranks (p / m - before) m and the w m that follow, around the end of the order), or all tokens while there are few.
+template <class S>
+void attend_cached(const lsh_attention_config& config, const lsh_cache<S>& c, index_t slot, index_t head, position_t t, S* o, const context& ctx) {
+  const index_t R = config.hash.rounds, m = config.chunk, window = (config.before + 1 + config.after) * m, length = t + 1, d = config.head_width;
+  const bool exact = length <= config.exact_up_to;
+  const index_t rounds = exact ? 1 : R, most = exact ? length : window;
+  const matrix_view<const S> q = view(c.tokens.keys).slice_rows(c.tokens.row(slot, head), length), v = view(c.tokens.values).slice_rows(c.tokens.row(slot, head), length);
+  const S* scales = c.scales.row(c.head_row(slot, head)).data();
+  const scratch<position_t> keys(ctx, rounds, most), met(ctx, config.count_once && !exact ? length : 0);
+  const scratch<index_t> counts(ctx, rounds);
+  const scratch<S> scores(ctx, rounds, most);
+  met.map().setZero();
+  const auto meets = [&](index_t r, position_t j) {
+    const index_t row = c.list_row(slot, head, r);
+    return config.other_bucket.idle() || c.ids(row, j) == c.ids(row, t);
+  };
+  for (index_t r = 0; r < rounds; ++r) {
+    index_t n = 0;
+    if (exact) {
+      for (; n < length; ++n) keys.row(r)[n] = static_cast<position_t>(n);
+    } else {
+      const index_t row = c.list_row(slot, head, r);
+      index_t start = (c.rank(row, c.ids(row, t)) / m - config.before) * m, ranks = window;
+      if (config.wrap == chunk_wrap::none) {
+        ranks = std::min(start + window, length) - std::max<index_t>(0, start);
+        start = std::max<index_t>(0, start);
+      }
+      c.each_rank(row, (start % length + length) % length, ranks, [&](position_t j) {
+        keys.row(r)[n++] = j;
+        if (met.cols() != 0 && meets(r, j)) ++met[j];
+      });
+    }
+    counts[r] = n;
+  }
+  const auto change = [](S& s, const mask_rule& rule) { s = (rule.replace ? S(0) : s) + static_cast<S>(rule.value); };
+  for (index_t r = 0; r < rounds; ++r)
+    for (index_t i = 0; i < counts[r]; ++i) {
+      const position_t j = keys.row(r)[i];
+      S& s = scores.row(r)[i];
+      s = scales[j] * (q.row_array(t) * q.row_array(j)).sum();
+      if (!exact && !meets(r, j))
+        change(s, config.other_bucket);
+      else if (met.cols() != 0)
+        s -= std::log(static_cast<S>(met[j]));
+      if (j == t) change(s, config.self);
+    }
+  Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>> out(o, d);
+  out.setZero();
+  const auto join = [&](index_t first, index_t last, S share) {
+    S most_score = -std::numeric_limits<S>::infinity(), sum = 0;
+    for (index_t r = first; r < last; ++r)
+      for (index_t i = 0; i < counts[r]; ++i) most_score = std::max(most_score, scores.row(r)[i]);
+    for (index_t r = first; r < last; ++r)
+      for (index_t i = 0; i < counts[r]; ++i) sum += scores.row(r)[i] = std::exp(scores.row(r)[i] - most_score);
+    for (index_t r = first; r < last; ++r)
+      for (index_t i = 0; i < counts[r]; ++i) out += share / sum * scores.row(r)[i] * v.slice_cols(0, d).row_array(keys.row(r)[i]);
+  };
+  if (config.merge == round_merge::softmax || exact)
+    join(0, rounds, S(1));
+  else
+    for (index_t r = 0; r < rounds; ++r) join(r, r + 1, 1 / static_cast<S>(rounds));
+}
+
+}  // namespace detail
+
+}  // namespace lithe::inline LITHE_ABI
