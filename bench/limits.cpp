@@ -7,19 +7,12 @@
 #include <cstdio>
 #include <vector>
 
+#include "limit_loops.hpp"
 #include "machine.hpp"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64, registers = 32;
-#elif defined(__AVX__)
-constexpr int vector_bytes = 32, registers = 16;
-#else
-constexpr int vector_bytes = 16, registers = 16;
-#endif
-constexpr int lanes = vector_bytes / 4;
-using vec [[gnu::vector_size(vector_bytes)]] = float;
+using machine::lanes, machine::registers, machine::vec, machine::vector_bytes;
 
 /// The best of a run against the figure once measured on the reference machine; the label tells whether this run's limits can be used.
 void judge(benchmark::State& state, double attained, double reference, const char* unit) {
@@ -43,50 +36,17 @@ double fastest(benchmark::State& state, Work&& work) {
   return best;
 }
 
-/// Independent multiply-adds that stay in registers: latency 4 on 2 ports needs 8 chains at least.
-float multiply_adds(std::int64_t steps) {
-  constexpr int chains = registers - 4;
-  vec c[chains];
-  for (int i = 0; i < chains; ++i) c[i] = vec{} + static_cast<float>(i);
-  vec a = vec{} + 0.999F, b = vec{} + 1e-3F;
-  asm volatile("" : "+v"(a), "+v"(b));
-  for (std::int64_t step = 0; step < steps; ++step) {
-#pragma GCC unroll 32
-    for (int i = 0; i < chains; ++i) c[i] = c[i] * a + b;
-  }
-  vec sum{};
-  for (int i = 0; i < chains; ++i) sum += c[i];
-  return sum[0] + sum[lanes - 1];
-}
-
 void gemm(benchmark::State& state) {
   const auto workers = static_cast<int>(state.range(0));
   constexpr std::int64_t steps = 200'000;
   machine::pair_of_threads threads(workers);
   const double seconds = fastest(state, [&] {
-    threads.run([](int, int) { benchmark::DoNotOptimize(multiply_adds(steps)); });
+    threads.run([](int, int) { benchmark::DoNotOptimize(machine::multiply_adds(steps)); });
   });
-  const double flops = 2.0 * lanes * (registers - 4) * static_cast<double>(steps) * workers;
+  const double flops = machine::multiply_add_flops(steps) * workers;
   state.SetItemsProcessed(static_cast<std::int64_t>(flops) * state.iterations());
   state.counters["best_GFLOP/s"] = flops / seconds * 1e-9;
   judge(state, flops / seconds * 1e-9, workers == 1 ? 253 : 500, "GFLOP/s");
-}
-
-/// Reads n bytes as `streams` runs side by side, which keeps the memory controller busier than one.
-void read_all(const char* data, std::size_t n) {
-  constexpr std::size_t streams = 8, ahead = 1024;
-  const std::size_t run = n / streams;
-  vec sum[streams]{};
-  for (std::size_t at = 0; at < run; at += 64) {
-#pragma GCC unroll 8
-    for (std::size_t s = 0; s < streams; ++s) {
-      const char* p = data + s * run + at;
-      __builtin_prefetch(p + ahead);
-#pragma GCC unroll 4
-      for (std::size_t i = 0; i < 64; i += vector_bytes) sum[s] += *reinterpret_cast<const vec*>(p + i);
-    }
-  }
-  benchmark::DoNotOptimize(sum);
 }
 
 void stream(benchmark::State& state) {
@@ -101,7 +61,7 @@ void stream(benchmark::State& state) {
   const double seconds = fastest(state, [&] {
     threads.run([](int part, int parts) {
       const std::size_t share = buffer.size() / static_cast<std::size_t>(parts);
-      read_all(buffer.data() + share * static_cast<std::size_t>(part), share);
+      machine::read_all(buffer.data() + share * static_cast<std::size_t>(part), share);
     });
   });
   const auto bytes = static_cast<double>(buffer.size());

@@ -1,0 +1,191 @@
+// Decode time and bytes touched against batch: UltraMem, product keys and experts at equal parameters and equal active parameters, and the
+// dense layers of equal and of four times the active parameters (arXiv 2411.12364 figure 6).
+#include <lithe/lithe.hpp>
+
+#include "../limit_loops.hpp"
+#include "table.hpp"
+
+namespace {
+
+using namespace lithe;
+using real = float;
+
+constexpr index_t features = 512, blocks = 6, hidden = 2048, units = 2;
+
+/// What a batch of tokens costs at best, weights in main memory.
+struct work {
+  double bytes, flops;
+};
+
+/// The part of a model that differs: the feed-forward layers of all blocks, with what stands beside them.
+struct contender {
+  std::string name;
+  index_t parameters;
+  std::function<void(matrix_view<const real>, matrix_view<real>, const context&)> forward;
+  std::function<work(double)> touched;
+};
+
+/// Of n things drawn `draws` times at random, those that are drawn at all.
+double distinct(double n, double draws) { return n * (1 - std::pow(1 - 1 / n, draws)); }
+
+template <class L>
+contender contend(std::string name, std::vector<L> layers, std::function<work(double)> touched) {
+  index_t parameters = 0;
+  for (L& l : layers) {
+    prepack(l);
+    parameters += count_parameters(l);
+  }
+  return {std::move(name), parameters,
+          [layers = std::make_shared<std::vector<L>>(std::move(layers))](auto x, auto y, const context& ctx) {
+            for (const L& l : *layers) l.forward(x, y, ctx);
+          },
+          std::move(touched)};
+}
+
+std::vector<feed_forward<real>> dense(index_t width) {
+  std::vector<feed_forward<real>> layers;
+  for (index_t i = 0; i < blocks; ++i)
+    layers.emplace_back(feed_forward_config{.features = features, .hidden = width, .bias = false}, rng_key{static_cast<std::uint64_t>(i)});
+  return layers;
+}
+work dense_work(double width, double batch) {
+  const double weights = 2.0 * features * width * blocks;
+  return {4 * weights, 2 * weights * batch};
+}
+/// Two lists of layers as one contender.
+contender both(std::string name, contender a, contender b) {
+  return {std::move(name), a.parameters + b.parameters,
+          [a, b](auto x, auto y, const context& ctx) {
+            a.forward(x, y, ctx);
+            b.forward(x, y, ctx);
+          },
+          [a, b](double batch) {
+            const work p = a.touched(batch), q = b.touched(batch);
+            return work{p.bytes + q.bytes, p.flops + q.flops};
+          }};
+}
+
+contender experts(index_t count, index_t width) {
+  std::vector<mixture_of_experts<real>> layers;
+  for (index_t i = 0; i < blocks; ++i)
+    layers.emplace_back(mixture_of_experts_config{.features = features, .hidden = width, .experts = count, .kind = activation::relu},
+                        rng_key{static_cast<std::uint64_t>(i)});
+  const double expert = 2.0 * features * static_cast<double>(width), n = static_cast<double>(count);
+  return contend("experts", std::move(layers), [=](double batch) {
+    return work{4 * blocks * (distinct(n, 2 * batch) * expert + n * features), 2 * blocks * batch * (2 * expert + n * features)};
+  });
+}
+/// Units of a memory that reads `picks` rows of `width` numbers; `dense` numbers of it are read by every token.
+template <class Memory>
+contender memories(std::string name, std::vector<Memory> layers, double rows, double width, double picks) {
+  const double all = static_cast<double>(count_parameters(layers.front())), weights = all - rows * width;
+  return contend(std::move(name), std::move(layers), [=](double batch) {
+    return work{4 * units * (weights + distinct(rows, batch * picks) * width), 2 * units * batch * (weights + picks * width)};
+  });
+}
+contender ultra_mems(index_t keys) {
+  std::vector<ultra_mem<real>> layers;
+  for (index_t i = 0; i < units; ++i)
+    layers.emplace_back(ultra_mem_config{.features = features, .heads = 2, .sub_keys = 2 * keys, .key_width = 80, .top_k = 42},
+                        rng_key{static_cast<std::uint64_t>(i)});
+  return memories("UltraMem", std::move(layers), static_cast<double>(keys * keys), features / 2, 84);
+}
+contender product_keys(index_t keys) {
+  std::vector<product_key_memory<real>> layers;
+  for (index_t i = 0; i < units; ++i) {
+    product_key_memory_config c{.inputs = features, .value_width = features / 2, .heads = 2, .sub_keys = keys, .key_width = 160, .top_k = 42};
+    c.readout.kind = memory_readout_kind::linear;
+    layers.emplace_back(c, rng_key{static_cast<std::uint64_t>(i)});
+  }
+  return memories("product keys", std::move(layers), static_cast<double>(keys * keys), features / 2, 84);
+}
+
+/// Bytes and multiply-adds a second at most, of all workers together.
+work limits(int workers) {
+  const machine::huge_array<char> buffer(std::size_t{1} << 30);
+  std::fill(buffer.data(), buffer.data() + buffer.size(), char{1});
+  machine::pair_of_threads threads(std::min(workers, 2));
+  const auto best = [&](const std::function<void(int, int)>& loop) {
+    double seconds = 1e9;
+    for (int i = 0; i < 5; ++i) {
+      const double begin = tables::now();
+      threads.run(loop);
+      seconds = std::min(seconds, tables::now() - begin);
+    }
+    return seconds;
+  };
+  constexpr std::int64_t steps = 1'000'000;
+  const double read = best([&](int part, int parts) {
+    const std::size_t share = buffer.size() / static_cast<std::size_t>(parts);
+    machine::read_all(buffer.data() + share * static_cast<std::size_t>(part), share);
+  });
+  const double multiplied = best([](int, int) {
+    const float sum = machine::multiply_adds(steps);
+    asm volatile("" : : "v"(sum));
+  });
+  return {static_cast<double>(buffer.size()) / read, machine::multiply_add_flops(steps) * std::min(workers, 2) / multiplied};
+}
+
+tables::table make(const tables::options& o) {
+  const parallel_executor exec(o.workers);
+  workspace scratch_memory(exec);
+  const context ctx{.exec = &exec, .work = &scratch_memory};
+  const bool quick = o.run == tables::length::quick;
+  const index_t keys = quick ? 128 : 676, expert_count = quick ? 4 : 32;  // keys² table rows
+  const int repeats = o.pick(3, 20, 60);
+
+  std::vector<contender> all;
+  all.push_back(contend("dense", dense(hidden), [](double b) { return dense_work(hidden, b); }));
+  all.push_back(contend("dense, 4 times", dense(4 * hidden), [](double b) { return dense_work(4.0 * hidden, b); }));
+  all.push_back(experts(expert_count, 1264));
+  all.push_back(both("UltraMem", all[0], ultra_mems(keys)));
+  all.push_back(both("product keys", all[0], product_keys(keys)));
+
+  tables::table t{
+      .title = "Decoding with UltraMem and with experts",
+      .source = "arXiv 2411.12364 section 4.3, figure 6",
+      .question = concat(blocks, " blocks of ", features,
+                         " features, feed-forward parts only: one step for a batch of new random tokens. The router of the "
+                         "untrained experts loads them evenly."),
+      .columns = {"layers", "batch", "million parameters", "us a step", "MB touched", "us at the limits", "of limits", "experts' time / its"},
+      .figures = {{.title = "Decode time", .x = "batch", .y = "us a step", .by = "layers", .log_x = true, .log_y = true},
+                  {.title = "Bytes touched", .x = "batch", .y = "MB touched", .by = "layers", .log_x = true, .log_y = true}}};
+  const work most = limits(o.workers);
+  const std::vector<index_t> batches = quick ? std::vector<index_t>{1, 64} : std::vector<index_t>{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
+  double best_gap = 0, worst_gap = 1e9;
+  for (std::size_t b = 0; b < batches.size(); ++b) {
+    const index_t batch = batches[b];
+    std::vector<std::vector<double>> times(all.size());
+    matrix<real> x(batch, features), y(batch, features);
+    for (int repeat = -5; repeat < repeats; ++repeat) {
+      tables::progress(concat("batch ", batch), (static_cast<double>(b) + (repeat + 5.0) / (repeats + 5)) / static_cast<double>(batches.size()));
+      for (std::size_t i = 0; i < all.size(); ++i) {
+        const rng_key key = rng_key{o.seed}.child(static_cast<std::uint64_t>(batch)).child(static_cast<std::uint64_t>(repeat + 5));
+        for (index_t n = 0; n < x.size(); ++n) x.data()[n] = static_cast<real>(normal(key, static_cast<std::uint64_t>(n)));
+        const double begin = tables::now();
+        all[i].forward(x, y, ctx);
+        if (repeat >= 0) times[i].push_back((tables::now() - begin) * 1e6);
+      }
+    }
+    std::vector<double> median;
+    for (auto& v : times) {
+      std::nth_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(v.size() / 2), v.end());
+      median.push_back(v[v.size() / 2]);
+    }
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const work w = all[i].touched(static_cast<double>(batch));
+      const double least = std::max(w.bytes / most.bytes, w.flops / most.flops) * 1e6, gap = median[2] / median[i];
+      t.row({all[i].name, batch, static_cast<double>(all[i].parameters) * 1e-6, median[i], w.bytes * 1e-6, least, least / median[i], gap});
+      if (all[i].name == "UltraMem") best_gap = std::max(best_gap, gap), worst_gap = std::min(worst_gap, gap);
+    }
+  }
+  t.shown = best_gap >= 2;
+  t.finding =
+      concat("A step with UltraMem takes from 1/", worst_gap, " to 1/", best_gap,
+             " of the time of one with experts of equal size. Limits of this run: ", most.bytes * 1e-9, " GB/s, ", most.flops * 1e-9, " GFLOP/s.");
+  return t;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return tables::main_of(argc, argv, make); }
