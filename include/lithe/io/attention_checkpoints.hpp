@@ -1,0 +1,186 @@
+#pragma once
+
+#include "lithe/io/safetensors.hpp"
+#include "lithe/training/reparametrise.hpp"
+
+namespace lithe::inline LITHE_ABI {
+
+/// Published encoders (and decoders) whose attention can be imported by the names of its tensors.
+enum class encoder_code {
+  bert,        ///< `encoder.layer.{i}.`
+  distilbert,  ///< `transformer.layer.{i}.`
+  albert,      ///< `encoder.albert_layer_groups.{g}.albert_layers.{j}.`, each group once, however many layers share it
+  whisper,     ///< `{encoder,decoder}.layers.{i}.`, self_attn and encoder_attn
+};
+
+/// Where one attention stands in a checkpoint: full names, without ".weight" and ".bias". Whatever comes before a block (`bert.`,
+/// `model.`, `module.`) is part of them, so prefixes need no care.
+struct attention_names {
+  encoder_code code{};
+  std::string block;                               ///< "bert.encoder.layer.3."
+  std::string query, key, value, output;           ///< of separate heads
+  std::string norm;                                ///< the layer norm of the attention
+  std::string shared;                              ///< of epfml/collaborative-attention: what stands before "mixing"
+  std::string shared_output, shared_norm;          ///< its output projection and norm: its own, or those of the block
+  std::string up, down, output_norm;               ///< the block's feed-forward and its norm
+  bool collaborative = false;                      ///< the file holds the shared layer
+};
+
+namespace detail {
+
+struct code_names {
+  encoder_code code;
+  const char *at, *query, *key, *value, *output, *norm, *shared, *shared_output, *shared_norm, *up, *down, *output_norm;
+};
+inline constexpr code_names code_table[] = {
+    {encoder_code::bert, "encoder.layer.", "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+     "attention.output.LayerNorm", "attention.self.", "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense",
+     "output.LayerNorm"},
+    {encoder_code::distilbert, "transformer.layer.", "attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "sa_layer_norm",
+     "attention.collab_layer.", "attention.collab_layer.dense", "sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"},
+    {encoder_code::albert, "encoder.albert_layer_groups.", "attention.query", "attention.key", "attention.value", "attention.dense",
+     "attention.LayerNorm", "attention.", "attention.dense", "attention.layer_norm", "ffn", "ffn_output", "full_layer_layer_norm"},
+    {encoder_code::whisper, "layers.", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "self_attn_layer_norm",
+     "self_attn.", "self_attn.out_proj", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"},
+    {encoder_code::whisper, "layers.", "encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.v_proj", "encoder_attn.out_proj",
+     "encoder_attn_layer_norm", "encoder_attn.", "encoder_attn.out_proj", "encoder_attn_layer_norm", "fc1", "fc2", "final_layer_norm"},
+};
+
+/// Old checkpoints spell a norm's weight and bias "gamma" and "beta".
+inline std::string present(const safetensors_file& file, const std::string& name, const char* part) {
+  const std::string other = name + (std::string(part) == "weight" ? ".gamma" : ".beta");
+  return !file.contains(name + "." + part) && file.contains(other) ? other : name + "." + part;
+}
+
+template <class S>
+matrix<S> read_as(const safetensors_file& file, const std::string& name, index_t rows, index_t cols) {
+  matrix<S> m = file.read_matrix<S>(name);
+  require<io_error>((rows == 0 || m.rows() == rows) && (cols == 0 || m.cols() == cols), file.path().string(), ": tensor ", quoted(name),
+                    ": expected shape ", to_text(rows, cols), " (0: any), found ", to_text(m.rows(), m.cols()));
+  return m;
+}
+template <class S>
+void read_linear(const safetensors_file& file, const std::string& name, linear<S>& l, index_t rows, index_t cols, bool zero_bias = false) {
+  l = {};
+  l.weight = read_as<S>(file, name + ".weight", rows, cols);
+  l.bias.setZero(zero_bias ? 1 : 0, l.weight.rows());
+  if (file.contains(name + ".bias")) l.bias = read_as<S>(file, name + ".bias", 1, l.weight.rows());
+}
+
+}  // namespace detail
+
+/// Every attention in a checkpoint, in the order of its blocks.
+[[nodiscard]] inline std::vector<attention_names> find_attention(const safetensors_file& file) {
+  std::vector<attention_names> found;
+  for (const std::string& name : file.names())
+    for (const auto& c : detail::code_table)
+      for (const bool collaborative : {false, true}) {
+        const std::string key = collaborative ? std::string(c.shared) + "mixing" : std::string(c.query) + ".weight";
+        const auto at = name.rfind(c.at);
+        if (!name.ends_with(key) || at == std::string::npos || (at > 0 && name[at - 1] != '.')) continue;
+        const std::string b = name.substr(0, name.size() - key.size());
+        // What lies between must be the block's number alone: "3.", "0.albert_layers.0.".
+        const std::string number = b.size() > at ? b.substr(at + std::string(c.at).size()) : "";
+        if (number.empty() || number.back() != '.' || !std::isdigit(static_cast<unsigned char>(number[0]))) continue;
+        if (!collaborative && file.contains(b + c.shared + "mixing")) continue;  // its shared query is called like a head's
+        found.push_back({c.code, b, b + c.query, b + c.key, b + c.value, b + c.output, b + c.norm, b + c.shared, b + c.shared_output, b + c.shared_norm,
+                         b + c.up, b + c.down, b + c.output_norm, collaborative});
+      }
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
+    return a.block.size() != b.block.size() ? a.block.size() < b.block.size() : a.block < b.block;
+  });
+  return found;
+}
+
+/// Attention of separate heads. A missing bias (Whisper's keys have none) is zero. Throws io_error that names what is missing or of
+/// another shape, config_error for heads that do not divide the weights.
+template <std::floating_point S>
+void import_attention(const safetensors_file& file, const attention_names& n, index_t heads, detail::attention_base<S>& to) {
+  detail::attention_base<S> l;
+  const bool bias = file.contains(n.query + ".bias") || file.contains(n.value + ".bias");
+  detail::read_linear(file, n.query, l.query, 0, 0, bias);
+  const index_t width = l.query.weight.rows();
+  require<config_error>(heads >= 1 && width % heads == 0, "import_attention: expected heads that divide ", width, ", got ", heads);
+  detail::read_linear(file, n.key, l.key, width, 0, bias);
+  detail::read_linear(file, n.value, l.value, width, l.key.weight.cols(), bias);
+  detail::read_linear(file, n.output, l.output, 0, width, bias);
+  l.config = {.inputs = l.query.weight.cols(), .heads = heads, .head_width = width / heads, .outputs = l.output.weight.rows(),
+              .causal = to.config.causal, .bias = bias, .scale = 1 / std::sqrt(static_cast<double>(width / heads)), .key_value_heads = heads};
+  to = std::move(l);
+}
+
+/// A shared layer of epfml/collaborative-attention: {query,key,content_bias,value}.weight, value.bias, mixing, and the output
+/// projection. `scale` 0: that of its code, 1/√(r / heads), which its mixing was trained with. A key's bias is dropped.
+template <std::floating_point S>
+void import_collaborative(const safetensors_file& file, const attention_names& n, detail::collaborative_base<S>& to, double scale = 0) {
+  detail::collaborative_base<S> l;
+  l.mixing = file.read_matrix<S>(n.shared + "mixing");
+  const index_t H = l.mixing.rows(), r = l.mixing.cols();
+  detail::read_linear(file, n.shared + "query", l.query, r, 0);
+  detail::read_linear(file, n.shared + "key", l.key, r, 0);
+  l.key.bias.resize(0, r);
+  const index_t E = l.key.weight.cols();
+  const bool content = file.contains(n.shared + "content_bias.weight");
+  if (content) l.content_bias.weight = detail::read_as<S>(file, n.shared + "content_bias.weight", H, E);
+  detail::read_linear(file, n.shared + "value", l.value, 0, E);
+  const index_t V = l.value.weight.rows();
+  require<io_error>(V % H == 0, file.path().string(), ": tensor ", detail::quoted(n.shared + "value.weight"), ": expected rows that ", H,
+                    " heads divide, found ", V);
+  const bool projected = file.contains(n.shared_output + ".weight");
+  if (projected) detail::read_linear(file, n.shared_output, l.output, 0, V);
+  l.config = {.inputs = l.query.weight.cols(), .heads = H, .key_width = r, .value_width = V, .outputs = projected ? l.output.weight.rows() : V,
+              .causal = to.config.causal, .content_bias = content, .query_bias = l.query.bias.size() != 0, .value_bias = l.value.bias.size() != 0,
+              .projected = projected, .scale = scale != 0 ? scale : std::sqrt(static_cast<double>(H) / static_cast<double>(r)),
+              .dropout = to.config.dropout};
+  to = std::move(l);
+}
+
+/// The same scores at another scale: mixing and content bias are multiplied by old / new.
+template <std::floating_point S>
+void rescale(detail::collaborative_base<S>& l, double scale) {
+  require<config_error>(scale > 0 && std::isfinite(scale), "rescale: expected a positive, finite scale, got ", scale);
+  const auto factor = static_cast<S>(l.config.scale / scale);
+  l.mixing *= factor;
+  l.content_bias.weight *= factor;
+  l.config.scale = scale;
+}
+
+namespace detail {
+
+/// The writer gets numbers of its own, so nothing else must live until it writes.
+template <class S>
+void export_matrix(safetensors_writer& out, const std::string& name, matrix_view<const S> m) {
+  if (m.size() == 0) return;
+  require<config_error>(m.map().allFinite(), "export: expected finite numbers, got NaN or infinity in ", quoted(name));
+  const auto own = std::make_shared<const matrix<S>>(m.map());
+  out.add_rows<S>(name, own->rows(), own->cols(), [own](index_t i, std::span<S> row) { std::copy_n(own->row(i).data(), row.size(), row.begin()); });
+}
+template <class S>
+void export_linear(safetensors_writer& out, const std::string& name, const linear<S>& l) {
+  export_matrix<S>(out, name + ".weight", l.weight);
+  export_matrix<S>(out, name + ".bias", l.bias);
+}
+
+}  // namespace detail
+
+/// Adds attention of separate heads to a file, under its public names. Throws config_error rather than write NaN or infinity.
+template <std::floating_point S>
+void export_attention(safetensors_writer& out, const attention_names& n, const detail::attention_base<S>& l) {
+  detail::export_linear(out, n.query, l.query);
+  detail::export_linear(out, n.key, l.key);
+  detail::export_linear(out, n.value, l.value);
+  detail::export_linear(out, n.output, l.output);
+}
+/// Adds a shared layer under the names of epfml/collaborative-attention, rescaled to that code's 1/√(r / heads).
+template <std::floating_point S>
+void export_collaborative(safetensors_writer& out, const attention_names& n, detail::collaborative_base<S> l) {
+  rescale(l, std::sqrt(static_cast<double>(l.config.heads) / static_cast<double>(l.config.key_width)));
+  detail::export_matrix<S>(out, n.shared + "mixing", l.mixing);
+  detail::export_linear(out, n.shared + "query", l.query);
+  detail::export_linear(out, n.shared + "key", l.key);
+  detail::export_linear(out, n.shared + "content_bias", l.content_bias);
+  detail::export_linear(out, n.shared + "value", l.value);
+  if (l.config.projected) detail::export_linear(out, n.shared_output, l.output);
+}
+
+}  // namespace lithe::inline LITHE_ABI
