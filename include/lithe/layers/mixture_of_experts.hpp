@@ -181,8 +181,7 @@ struct mixture_of_experts {
   /// How many tokens chose each expert [E].
   [[nodiscard]] std::vector<index_t> load(const record& r) const {
     std::vector<index_t> n(static_cast<std::size_t>(config.experts));
-    for (index_t i = 0; i < r.routes.value.size(); ++i)
-      if (r.routes.value.data()[i] >= 0) ++n[static_cast<std::size_t>(r.routes.value.data()[i])];
+    count(r, n);
     return n;
   }
 
@@ -311,14 +310,20 @@ struct mixture_of_experts {
   [[nodiscard]] static double counted(const record& r) {
     return r.routes.value.rows() == 0 ? 0 : static_cast<double>((r.routes.value.col(0).array() >= 0).count());
   }
+  static void count(const record& r, std::span<index_t> chosen) {
+    std::fill(chosen.begin(), chosen.end(), index_t{0});
+    for (index_t i = 0; i < r.routes.value.size(); ++i)
+      if (r.routes.value.data()[i] >= 0) ++chosen[static_cast<std::size_t>(r.routes.value.data()[i])];
+  }
   void measure(record& r, const context& ctx) const {
     const double N = counted(r), E = static_cast<double>(config.experts), K = static_cast<double>(config.top_k);
     double balance = 0, z = 0;
-    const auto chosen = load(r);
+    const scratch<index_t> chosen(ctx, config.experts);
+    count(r, chosen.span());
     for (index_t e = 0; e < config.experts; ++e) {
       double sum = 0;
       for (index_t t = 0; t < r.probabilities.rows(); ++t) sum += ctx.valid(t) ? static_cast<double>(r.probabilities(t, e)) : 0;
-      balance += static_cast<double>(chosen[static_cast<std::size_t>(e)]) * sum;
+      balance += static_cast<double>(chosen[e]) * sum;
     }
     for (index_t t = 0; t < r.log_sum.rows(); ++t) z += ctx.valid(t) ? static_cast<double>(r.log_sum(t, 0)) * static_cast<double>(r.log_sum(t, 0)) : 0;
     r.balance.loss = N > 0 ? static_cast<S>(config.balance * E * balance / (N * N * K)) : S(0);

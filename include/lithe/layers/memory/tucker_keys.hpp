@@ -55,7 +55,7 @@ struct tucker_keys {
   matrix<S> u, t;   // [H x r]
   // Functions of the parameters, made by `prepack`: the normed keys, and those with u or t folded in.
   matrix<S> unit, filter;
-  std::vector<packed_matrix<S>> packed;
+  std::vector<packed_matrix<S>> packed, packed_ranks;
 
   tucker_keys() = default;
   /// Keys start at N(0, 1/√d), cores at U(0, 1). Throws config_error.
@@ -121,15 +121,13 @@ struct tucker_keys {
       const auto q_tile = q.slice_rows(first, rows);
       const scratch<slot_t> ids(ctx, 2 * rows, m), cells(ctx, 1, k);
       const scratch<S> factors(ctx, 2 * r * rows, m), best(ctx, 1, k);  // factors in the order [axis][rank][token]
-      {
+      for (index_t axis = 0; axis < 2; ++axis) {
         const scratch<S> all(ctx, rows, n), values(ctx, rows, m);
-        for (index_t axis = 0; axis < 2; ++axis) {
-          filter_scores(q_tile, p, head, axis, all, ctx);
-          top_k<S>(all, values, ids.view().slice_rows(axis * rows, rows), ctx);
-        }
+        const auto of_axis = ids.view().slice_rows(axis * rows, rows);
+        filter_scores(q_tile, p, head, axis, all, ctx);
+        top_k<S>(all, values, of_axis, ctx);
+        factor_candidates(q_tile, p, head, axis, of_axis, values, all, factors.row(axis * r * rows), ctx);
       }
-      for (index_t axis = 0; axis < 2; ++axis)
-        factor(q_tile, p, head, axis, {ids.row(axis * rows), static_cast<std::size_t>(rows * m)}, m, factors.row(axis * r * rows), ctx);
       for (index_t token = 0; token < rows; ++token) {
         S* out_scores = scores.row(first + token) + head * k * M;
         slot_t* out_pairs = pairs.row(first + token) + head * k;
@@ -229,6 +227,15 @@ struct tucker_keys {
     else
       gemm_nt<S>(part, group(p.filter, head, axis), scores, ctx);
   }
+  /// The scores [T x n] of all keys of a head, axis and rank.
+  void rank_scores(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, index_t a, matrix_view<S> scores, const context& ctx) const {
+    const index_t d = config.width;
+    const auto part = q.slice_cols(block(axis, a) * d, d);
+    if (p.own_unit.rows() == 0)
+      gemm_packed<S>(part, packed_ranks[static_cast<std::size_t>((head * 2 + axis) * config.rank + a)], scores, ctx);
+    else
+      gemm_nt<S>(part, group(p.unit, head, axis).slice_cols(a * d, d), scores, ctx);
+  }
   /// How wide the keys of the filter are: with one query for all ranks their sum over the ranks is scored.
   [[nodiscard]] index_t filter_width() const { return config.query == tucker_query::per_rank ? config.rank * config.width : config.width; }
   /// The rows of keys (or of what has their shape) that belong to a head and axis.
@@ -250,7 +257,11 @@ struct tucker_keys {
     const scratch<S> statistics({}, keys.rows() * config.rank, 2);
     prepare(unit, filter, statistics, {});
     packed.resize(static_cast<std::size_t>(2 * config.heads));
-    for (std::size_t i = 0; i < packed.size(); ++i) packed[i].assign(group(view(filter), static_cast<index_t>(i) / 2, static_cast<index_t>(i) % 2));
+    packed_ranks.resize(packed.size() * static_cast<std::size_t>(config.rank));
+    const auto part = [&](const matrix<S>& m, std::size_t i) { return group(view(m), static_cast<index_t>(i) / 2, static_cast<index_t>(i) % 2); };
+    for (std::size_t i = 0; i < packed.size(); ++i) packed[i].assign(part(filter, i));
+    for (std::size_t i = 0, r = static_cast<std::size_t>(config.rank); i < packed_ranks.size(); ++i)
+      packed_ranks[i].assign(part(unit, i / r).slice_cols(static_cast<index_t>(i % r) * config.width, config.width));
   }
   void refresh() {
     if (!packed.empty()) prepack();
@@ -308,13 +319,41 @@ struct tucker_keys {
     sum.map() = view(cores).slice_rows(0, rows).map();
     for (index_t c = 1; c < config.cores; ++c) sum.map() += view(cores).slice_rows(c * rows, rows).map();
   }
-  /// out[a][.] = <q of (axis, a), unit key ids[.] of rank a>, per_token ids for each row of q.
-  void factor(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, std::span<const slot_t> ids, index_t per_token, S* out,
+  /// out[.] = <q of (axis, a), unit key ids[.] of rank a>, per_token ids for each row of q.
+  void factor(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, index_t a, std::span<const slot_t> ids, index_t per_token, S* out,
               const context& ctx) const {
     const index_t d = config.width;
-    for (index_t a = 0; a < config.rank; ++a)
-      row_dots<S>(group(p.unit, head, axis).slice_cols(a * d, d), ids, per_token, q.slice_cols(block(axis, a) * d, d),
-                  {out + a * static_cast<index_t>(ids.size()), ids.size()}, ctx);
+    row_dots<S>(group(p.unit, head, axis).slice_cols(a * d, d), ids, per_token, q.slice_cols(block(axis, a) * d, d), {out, ids.size()}, ctx);
+  }
+  /// The factors of a tile's candidates, out [r][T x m]. The filter's scores Σ_a u_a R_a are known, so one rank follows from the others: that of
+  /// the largest |u_a|, which is at least |u| / √r and so costs no accuracy. `all` [T x n] is used up.
+  void factor_candidates(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, matrix_view<const slot_t> ids, matrix_view<const S> values,
+                         matrix_view<S> all, S* out, const context& ctx) const {
+    constexpr index_t tall = 16, dear = 24;  // rows from which on a product is fast; keys of a product in the time of one gathered dot
+    const index_t r = config.rank, m = config.top_k, size = ids.rows() * m;
+    index_t pivot = 0;
+    for (index_t a = 1; a < r; ++a)
+      if (std::abs(filter_weight(head, axis, a)) > std::abs(filter_weight(head, axis, pivot))) pivot = a;
+    const bool solve = filter_weight(head, axis, pivot) != S(0);
+    const std::span<const slot_t> each(ids.data(), static_cast<std::size_t>(size));
+    for (index_t a = 0; a < r; ++a) {
+      if (a == pivot && solve) continue;
+      if (ids.rows() < tall || config.sub_keys > dear * m) {
+        factor(q, p, head, axis, a, each, m, out + a * size, ctx);
+        continue;
+      }
+      rank_scores(q, p, head, axis, a, all, ctx);
+      for (index_t t0 = 0; t0 < ids.rows(); ++t0)
+        for (index_t j = 0; j < m; ++j) out[a * size + t0 * m + j] = all(t0, ids(t0, j));
+    }
+    if (!solve) return;
+    using row = Eigen::Map<Eigen::Array<S, Eigen::Dynamic, 1>>;
+    row solved(out + pivot * size, size);
+    solved = Eigen::Map<const Eigen::Array<S, Eigen::Dynamic, 1>>(values.data(), size);
+    solved = (solved > detail::lowest_score<S>).select(solved, std::numeric_limits<S>::quiet_NaN());  // what was ranked last was NaN
+    for (index_t a = 0; a < r; ++a)
+      if (a != pivot) solved -= filter_weight(head, axis, a) * row(out + a * size, size);
+    solved /= filter_weight(head, axis, pivot);
   }
   /// ids [2 x T k] of the keys that the pairs of a head name, -1 where there is none, and their factors [2 r x T k].
   void factor_pairs(matrix_view<const S> q, const prepared& p, index_t head, matrix_view<const slot_t> pairs, const scratch<slot_t>& ids,
@@ -326,7 +365,8 @@ struct tucker_keys {
       ids.row(1)[at] = pair < 0 ? slot_t{-1} : static_cast<slot_t>(pair % config.sub_keys);
     }
     for (index_t axis = 0; axis < 2; ++axis)
-      factor(q, p, head, axis, {ids.row(axis), static_cast<std::size_t>(T * k)}, k, factors.row(axis * config.rank), ctx);
+      for (index_t a = 0; a < config.rank; ++a)
+        factor(q, p, head, axis, a, {ids.row(axis), static_cast<std::size_t>(T * k)}, k, factors.row(axis * config.rank + a), ctx);
   }
   /// out[c] = Σ_ab R_a C^c_ab Q_b; R and Q have their ranks `stride` apart.
   void core_scores(index_t head, const S* R, const S* Q, index_t stride, S* out) const {
