@@ -40,6 +40,7 @@ CASES = {
     "feed_forward/forward/tokens:1": ("token", 1, 0, 0),
     "attention/exact_causal/length:8192": ("token", 3, 8192 * 512, 0),
     "attention/exact_bidirectional/length:8192": ("token", 1, 8192 * 1024, 0),
+    "attention/lsh_layer/length:16384/rounds:8": ("token", 12, 0, 0),
     "language_model/train/layers:3/features:128": ("token", 4, 0, 0),
 }
 LIMITS = ["limit/gemm", "limit/stream", "limit/random_rows/cols:1024"]

@@ -148,6 +148,74 @@ def attention(length, causal):
     return no_grad(run), length
 
 
+class LshAttention(torch.nn.Module):
+    """LSH self-attention in the way of Hugging Face's Reformer: causal, one chunk before, all rounds sorted and cut together."""
+
+    def __init__(self, features, heads, rounds, chunk=64):
+        super().__init__()
+        self.heads, self.rounds, self.chunk = heads, rounds, chunk
+        self.query_key = torch.nn.Linear(features, features, bias=False)
+        self.value = torch.nn.Linear(features, features, bias=False)
+        self.output = torch.nn.Linear(features, features, bias=False)
+
+    def buckets(self, length):
+        e = (2 * (length // self.chunk)).bit_length() - 1
+        limit = 2 * max(math.isqrt(length // self.chunk), self.chunk)
+        return [2 ** e] if 2 ** e <= limit else [2 ** (e // 2), 2 ** (e - e // 2)]
+
+    def ids(self, q, factors, rotations):
+        """q [batch, heads, length, width] -> [batch, heads, rounds, length], the number of the round included."""
+        z = torch.einsum("bhld,hdrs->bhrls", q, rotations)
+        bucket, step, at = 0, 1, 0
+        for f in factors:
+            part = z[..., at: at + f // 2]
+            bucket = bucket + step * torch.cat([part, -part], -1).argmax(-1)
+            step, at = step * f, at + f // 2
+        return bucket + step * torch.arange(self.rounds).view(-1, 1)
+
+    def forward(self, x, factors=None, rotations=None):
+        batch, length, features = x.shape
+        width, window = features // self.heads, 2 * self.chunk
+        q = self.query_key(x).view(batch, length, self.heads, width).transpose(1, 2)
+        v = self.value(x).view(batch, length, self.heads, width).transpose(1, 2)
+        factors = factors or self.buckets(length)
+        if rotations is None:
+            rotations = torch.randn(self.heads, width, self.rounds, sum(factors) // 2)
+        with torch.no_grad():
+            order = self.ids(q, factors, rotations).flatten(2).argsort(dim=-1, stable=True)
+            undo = order.argsort(dim=-1)
+            position = order % length
+        take = position.unsqueeze(-1).expand(-1, -1, -1, width)
+        chunks = lambda t: t.view(batch, self.heads, -1, self.chunk, *t.shape[3:])
+        both = lambda t: torch.cat([t.roll(1, dims=2), t], dim=3)
+        sq, sv, t = chunks(q.gather(2, take)), chunks(v.gather(2, take)), chunks(position)
+        k = sq * torch.rsqrt(sq.square().mean(-1, keepdim=True) + 1e-6) / math.sqrt(width)
+        scores = sq @ both(k).transpose(-1, -2)
+        ti, tj = t.unsqueeze(-1), both(t).unsqueeze(-2)
+        scores = torch.where(ti < tj, scores.new_tensor(-1e9), scores)
+        scores = torch.where(ti == tj, scores.new_tensor(-1e5), scores)
+        total = scores.logsumexp(-1, keepdim=True)
+        out = ((scores - total).exp() @ both(sv)).flatten(2, 3)
+        out = out.gather(2, undo.unsqueeze(-1).expand_as(out)).view(batch, self.heads, self.rounds, length, width)
+        total = total.flatten(2).gather(2, undo).view(batch, self.heads, self.rounds, length, 1)
+        y = ((total - total.logsumexp(2, keepdim=True)).exp() * out).sum(2)
+        return self.output(y.transpose(1, 2).reshape(batch, length, features))
+
+
+def lsh_layer(length, rounds, train):
+    layer = LshAttention(256, 4, rounds)
+    x = torch.randn(1, length, 256, requires_grad=train)
+    if not train:
+        return no_grad(lambda: layer(x)), length
+    upstream = torch.randn(1, length, 256)
+
+    def step():
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x).backward(upstream)
+    return step, length
+
+
 def language_model_train(layers, features):
     batch, context = 16, 256
     model = LanguageModel(layers, features)
@@ -170,6 +238,8 @@ FAMILIES = {
     "feed_forward/forward": lambda p: feed_forward(p["tokens"]),
     "attention/exact_causal": lambda p: attention(p["length"], True),
     "attention/exact_bidirectional": lambda p: attention(p["length"], False),
+    "attention/lsh_layer": lambda p: lsh_layer(p["length"], p["rounds"], False),
+    "attention/lsh_layer_train": lambda p: lsh_layer(p["length"], p["rounds"], True),
     "language_model/train": lambda p: language_model_train(p["layers"], p["features"]),
 }
 

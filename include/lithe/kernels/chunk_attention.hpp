@@ -4,6 +4,14 @@
 
 namespace lithe::inline LITHE_ABI {
 
+// As in attention_tile.hpp.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 /// Attention of chunks of one round after the other (arXiv 2001.04451, equations 5 and 6, all rounds under one softmax). Over all pairs (i, j)
 /// that meet in a window, as often as they meet, with s_ij = q_i · scales_j q_j after the masks and dropout factors M:
 ///
@@ -83,5 +91,9 @@ class chunk_attention {
   index_t block_;
   scratch<S> scores_, sums_;
 };
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 }  // namespace lithe::inline LITHE_ABI

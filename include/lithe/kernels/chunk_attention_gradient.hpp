@@ -5,6 +5,14 @@
 
 namespace lithe::inline LITHE_ABI {
 
+// As in attention_tile.hpp.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 /// What backward knows of the outputs: g = dL/do, and of the softmax m, Z and D_i = g_i · o_i (not used, and free to be null, if every round has
 /// a softmax of its own).
 template <class S>
@@ -124,5 +132,9 @@ class chunk_attention_gradient {
   index_t block_;
   scratch<S> values_transposed_, d_queries_, d_keys_, d_values_, g_, weights_, d_scores_, live_, ones_;
 };
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 }  // namespace lithe::inline LITHE_ABI

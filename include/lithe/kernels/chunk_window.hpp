@@ -61,6 +61,14 @@ struct chunked_head {
   }
 };
 
+// As in attention_tile.hpp.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace detail {
 
 /// A number of S for each position that compares as the positions do: their bits behind those of the denormal numbers.
@@ -246,5 +254,9 @@ struct chunk_window {
 };
 
 }  // namespace detail
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 }  // namespace lithe::inline LITHE_ABI
