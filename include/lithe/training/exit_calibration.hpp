@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <numbers>
+#include <span>
+#include <vector>
 
 #include "lithe/core/executor.hpp"
 #include "lithe/core/random.hpp"

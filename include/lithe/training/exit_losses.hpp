@@ -147,4 +147,26 @@ loss_result meta_exit_loss(matrix_view<const S> z, matrix_view<const S> consiste
   return {loss * scale, T};
 }
 
+/// Self-distillation of early answers from the last (arXiv 2004.02178, equation 7): Σ_{n<N} Σₜ KL(p_t^N, p_tⁿ), summed or averaged over rows; the teacher
+/// is constant. logits [N T x V]; dlogitsⁿ = pⁿ - p^N, 0 for n = N, overwritten.
+template <class S>
+loss_result distillation_exit_loss(matrix_view<const S> logits, index_t exits, reduction reduce, matrix_view<S> dlogits, const context& ctx = {}) {
+  require<shape_error>(exits >= 1 && logits.rows() % exits == 0, "distillation_exit_loss: expected the logits of ", exits, " exits, got ", logits.rows(), " rows");
+  require_shape("distillation_exit_loss", "dlogits", dlogits, logits.rows(), logits.cols());
+  const index_t T = logits.rows() / exits, last = (exits - 1) * T;
+  const double scale = detail::loss_scale(reduce, T);
+  const scratch<S> log_p(ctx, logits.rows(), logits.cols());
+  multinomial_exits<S>(logits, log_p, ctx);  // log softmax of each row
+  double loss = 0;
+  for (index_t i = 0; i < last; ++i)
+    for (index_t v = 0; v < logits.cols(); ++v) {
+      const auto student = static_cast<double>(log_p.view()(i, v)), teacher = static_cast<double>(log_p.view()(last + i % T, v));
+      const double p = std::exp(teacher);
+      loss += p == 0 ? 0 : p * (teacher - student);
+      dlogits(i, v) = static_cast<S>(scale * (std::exp(student) - p));
+    }
+  dlogits.slice_rows(last, T).map().setZero();
+  return {loss * scale, T};
+}
+
 }  // namespace lithe::inline LITHE_ABI

@@ -31,7 +31,7 @@ void exit_evidence_from(matrix_view<const S> logits, std::span<const token_t> ta
       const token_t y = targets[static_cast<std::size_t>(t)];
       const S* row = logits.row(i);
       e.log_likelihood(t, n) = y == ignore_index ? 0 : -detail::cross_entropy_row<S>(row, logits.cols(), y, 0, 0, nullptr);
-      e.correct(t, n) = y != ignore_index && std::max_element(row, row + logits.cols()) == row + y ? 1 : 0;
+      e.correct(t, n) = y != ignore_index && !std::isnan(row[y]) && std::max_element(row, row + logits.cols()) == row + y ? 1 : 0;
     }
   });
 }
