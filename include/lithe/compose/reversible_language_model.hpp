@@ -4,6 +4,7 @@
 #include "lithe/compose/sequential.hpp"
 #include "lithe/layers/axial_positions.hpp"
 #include "lithe/layers/embedding.hpp"
+#include "lithe/layers/linear.hpp"
 
 // T tokens, D features of one stream, V vocabulary
 namespace lithe::inline LITHE_ABI {

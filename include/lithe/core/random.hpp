@@ -42,11 +42,17 @@ struct rng_key {
   return philox(key, i / 4)[i % 4] * 0x1p-32;
 }
 
-/// The i-th standard normal number of a stream (Box-Muller on 2 x 32 bits; never infinite).
+namespace detail {
+/// A standard normal number from 2 x 32 bits (Box-Muller; never infinite).
+[[nodiscard]] inline double normal_of(std::uint32_t a, std::uint32_t b) {
+  return std::sqrt(-2.0 * std::log((a + 0.5) * 0x1p-32)) * std::cos(2.0 * std::numbers::pi * (b * 0x1p-32));
+}
+}  // namespace detail
+
+/// The i-th standard normal number of a stream.
 [[nodiscard]] inline double normal(rng_key key, std::uint64_t i) {
   const auto block = philox(key, i / 2);
-  const double radius = std::sqrt(-2.0 * std::log((block[2 * (i % 2)] + 0.5) * 0x1p-32));
-  return radius * std::cos(2.0 * std::numbers::pi * (block[2 * (i % 2) + 1] * 0x1p-32));
+  return detail::normal_of(block[2 * (i % 2)], block[2 * (i % 2) + 1]);
 }
 
 }  // namespace lithe::inline LITHE_ABI
