@@ -111,7 +111,8 @@ class table {
     const auto bound = [&](index_t i) { return (N * block_[i] + rest_[i]) / (exit * block_[i] + rest_[i]); };
     rows.push_back({name, 100 * all.error_rate(), exit, full_[0] / one, full_[1] / many, bound(0), bound(1)});
     const auto& r = rows.back();
-    std::printf("%-34s %8.2f %9.2f %8.2f (of %.2f) %8.2f (of %.2f)\n", name.c_str(), r.error_rate, r.mean_exit, r.one, r.bound_one, r.many, r.bound_many);
+    std::printf("%-34s %8.2f %9.2f %8.2f (of %.2f) %8.2f (of %.2f)\n", name.c_str(), r.error_rate, r.mean_exit, r.one, r.bound_one, r.many,
+                r.bound_many);
     std::fflush(stdout);
   }
   [[nodiscard]] std::span<const entry> timed_words(index_t i) const { return std::span<const entry>(d_.test).first(i == 0 ? 100 : 320); }
@@ -148,7 +149,8 @@ std::vector<table_row> print_table(const pronouncer& p, const dictionary& d, con
   table t(p, d, ctx);
   for (index_t n = 1; n <= N; ++n) t.add(lithe::concat("all after block ", n), table::fixed(n));
   if (c.distribution == "geometric" && r.exit_epochs > 0)
-    for (const double tau : {0.3, 0.5, 0.7, 0.9}) t.add(lithe::concat("geometric, threshold ", tau), {.kind = exit_confidence::geometric, .thresholds = {tau}});
+    for (const double tau : {0.3, 0.5, 0.7, 0.9})
+      t.add(lithe::concat("geometric, threshold ", tau), {.kind = exit_confidence::geometric, .thresholds = {tau}});
   if (c.distribution == "multinomial" && r.exit_epochs > 0) t.add("multinomial", {.kind = exit_confidence::multinomial});
   if (c.distribution == "sequence" && r.exit_epochs > 0) t.add("sequence", {});
   const std::pair<const char*, exit_confidence> kinds[] = {{"largest probability", exit_confidence::max_prob},
@@ -167,7 +169,8 @@ std::vector<table_row> print_table(const pronouncer& p, const dictionary& d, con
       });
     };
     const auto all = by_drafts(32, d.test);
-    t.report(lithe::concat("self-speculation, ", drafts, " drafts"), all, by_drafts(1, t.timed_words(0)).seconds, by_drafts(32, t.timed_words(1)).seconds);
+    t.report(lithe::concat("self-speculation, ", drafts, " drafts"), all, by_drafts(1, t.timed_words(0)).seconds,
+             by_drafts(32, t.timed_words(1)).seconds);
   }
   return t.rows;
 }
@@ -183,11 +186,13 @@ void draw(const std::string& path, const std::vector<table_row>& rows, index_t e
   svg << "<svg xmlns='http://www.w3.org/2000/svg' width='640' height='380' font-family='sans-serif' font-size='11'>\n"
       << "<text x='250' y='370'>mean exit (blocks)</text><text x='12' y='200' transform='rotate(-90 12 200)'>phone error rate, %</text>\n";
   for (index_t n = 1; n <= exits; ++n) svg << "<text x='" << x(static_cast<double>(n)) - 3 << "' y='345'>" << n << "</text>\n";
-  for (int i = 0; i <= 4; ++i) svg << "<text x='30' y='" << y(least + (most - least) * i / 4) + 4 << "'>" << std::round((least + (most - least) * i / 4) * 10) / 10 << "</text>\n";
+  for (int i = 0; i <= 4; ++i)
+    svg << "<text x='30' y='" << y(least + (most - least) * i / 4) + 4 << "'>" << std::round((least + (most - least) * i / 4) * 10) / 10
+        << "</text>\n";
   for (const auto& r : rows) {
     const bool fixed = r.name.starts_with("all after");
-    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' fill='" << (fixed ? "#888" : "#06c") << "'><title>" << r.name << ": " << r.error_rate
-        << " % at " << r.mean_exit << "</title></circle>\n";
+    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' fill='" << (fixed ? "#888" : "#06c") << "'><title>" << r.name
+        << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
   }
   svg << "</svg>\n";
 }
@@ -196,8 +201,9 @@ void write_results(const std::string& path, const std::string& model, std::uint6
   std::ofstream out(path, std::ios::app);
   lithe::require<lithe::io_error>(out.good(), path, ": cannot be written");
   for (const auto& r : rows)
-    out << nlohmann::json{{"model", model}, {"seed", seed},        {"exits", r.name},    {"phone_error_rate", r.error_rate}, {"mean_exit", r.mean_exit}, {"speed_up_1", r.one},
-                          {"speed_up_32", r.many}, {"bound_1", r.bound_one}, {"bound_32", r.bound_many}}
+    out << nlohmann::json{{"model", model},           {"seed", seed},        {"exits", r.name},       {"phone_error_rate", r.error_rate},
+                          {"mean_exit", r.mean_exit}, {"speed_up_1", r.one}, {"speed_up_32", r.many}, {"bound_1", r.bound_one},
+                          {"bound_32", r.bound_many}}
         << "\n";
 }
 
@@ -206,7 +212,8 @@ void say(const pronouncer& p, const dictionary& d, const std::string& word, cons
   entry e;
   e.word = word;
   for (char& ch : e.word) ch = static_cast<char>(std::tolower(static_cast<unsigned char>(ch)));
-  lithe::require<lithe::config_error>(dictionary::spell(e.word, e.spelling), "--word: expected 1 to ", longest_word, " letters from a to z, got '", word, "'");
+  lithe::require<lithe::config_error>(dictionary::spell(e.word, e.spelling), "--word: expected 1 to ", longest_word, " letters from a to z, got '",
+                                      word, "'");
   const bool colour = isatty(STDOUT_FILENO) != 0 && std::getenv("NO_COLOR") == nullptr;
   const spoken s = speak(p, std::span<const entry>(&e, 1), 1, rule, ctx);
   std::printf("%s:", e.word.c_str());
@@ -235,7 +242,8 @@ lithe::exit_rule rule_to_say(const model_config& c, const run_config& r) {
 void compare(const dictionary& d, const model_config& base, const run_config& r, const lithe::context& ctx) {
   const auto row = [&](const std::string& name, const pronouncer& p, const lithe::exit_rule& rule) {
     const auto s = speak(p, d.test, 32, rule, ctx);
-    std::printf("== %-44s seed %llu: PER %.2f %%, mean exit %.2f\n", name.c_str(), static_cast<unsigned long long>(base.seed), 100 * s.error_rate(), s.mean_exit());
+    std::printf("== %-44s seed %llu: PER %.2f %%, mean exit %.2f\n", name.c_str(), static_cast<unsigned long long>(base.seed), 100 * s.error_rate(),
+                s.mean_exit());
     std::fflush(stdout);
     if (!r.results.empty()) write_results(r.results, name, base.seed, {{name, 100 * s.error_rate(), s.mean_exit(), 0, 0, 0, 0}});
   };
@@ -254,9 +262,10 @@ void compare(const dictionary& d, const model_config& base, const run_config& r,
     const char *distribution, *oracle;
     double penalty, sigma;
   };
-  for (const target t : {target{"sequence", "correctness", 0.1, 0}, target{"sequence", "likelihood", 0.1, 0}, target{"multinomial", "correctness", 0.1, 0},
-                         target{"geometric", "correctness", 0.1, 0}, target{"geometric", "correctness", 0.1, 1}, target{"geometric", "likelihood", 0.05, 0},
-                         target{"geometric", "likelihood", 0.05, 1}}) {
+  for (const target t :
+       {target{"sequence", "correctness", 0.1, 0}, target{"sequence", "likelihood", 0.1, 0}, target{"multinomial", "correctness", 0.1, 0},
+        target{"geometric", "correctness", 0.1, 0}, target{"geometric", "correctness", 0.1, 1}, target{"geometric", "likelihood", 0.05, 0},
+        target{"geometric", "likelihood", 0.05, 1}}) {
     model_config c = base;
     run_config with = r;
     c.distribution = t.distribution;

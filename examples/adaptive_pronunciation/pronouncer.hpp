@@ -75,7 +75,8 @@ struct model_config {
   double dropout = 0.1;
   std::uint64_t seed = 1;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(model_config, encoder_blocks, decoder_blocks, features, heads, hidden, phones, classifiers, distribution, dropout, seed)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(model_config, encoder_blocks, decoder_blocks, features, heads, hidden, phones, classifiers, distribution, dropout,
+                                   seed)
 
 using attention_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::attention<real>, lithe::dropout<real>>>;
 using feed_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, lithe::feed_forward<real>, lithe::dropout<real>>>;
@@ -119,7 +120,8 @@ inline void set_distribution(pronouncer& p, const std::string& kind, index_t exi
   if (kind == "sequence")
     p.whole = sequence_halting<real>({.features = features, .outputs = exits}, key);
   else
-    p.decoder.halt = halting<real>({.kind = kind == "geometric" ? exit_distribution::geometric : exit_distribution::multinomial, .exits = exits, .features = features}, key);
+    p.decoder.halt = halting<real>(
+        {.kind = kind == "geometric" ? exit_distribution::geometric : exit_distribution::multinomial, .exits = exits, .features = features}, key);
 }
 
 inline pronouncer make_pronouncer(const model_config& c) {
@@ -127,10 +129,12 @@ inline pronouncer make_pronouncer(const model_config& c) {
   const rng_key key{c.seed};
   const index_t D = c.features;
   const auto attend = [&](bool causal, rng_key k) {
-    return attention_part{sequential(layer_norm<real>(D), attention<real>({.inputs = D, .heads = c.heads, .causal = causal}, k), dropout<real>(c.dropout))};
+    return attention_part{
+        sequential(layer_norm<real>(D), attention<real>({.inputs = D, .heads = c.heads, .causal = causal}, k), dropout<real>(c.dropout))};
   };
   const auto feed = [&](rng_key k) {
-    return feed_part{sequential(layer_norm<real>(D), feed_forward<real>({.features = D, .hidden = c.hidden, .kind = activation::gelu}, k), dropout<real>(c.dropout))};
+    return feed_part{sequential(layer_norm<real>(D), feed_forward<real>({.features = D, .hidden = c.hidden, .kind = activation::gelu}, k),
+                                dropout<real>(c.dropout))};
   };
   pronouncer p;
   stack<encoder_block> blocks;
@@ -138,12 +142,13 @@ inline pronouncer make_pronouncer(const model_config& c) {
     const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
     blocks.blocks.emplace_back(attend(false, k.child(0)), feed(k.child(1)));
   }
-  p.encoder = encoder_type(embedding<real>({.tokens = letters, .features = D, .positions = longest_word, .deviation = 1}, key.child(0)), dropout<real>(c.dropout),
-                           std::move(blocks), layer_norm<real>(D));
+  p.encoder = encoder_type(embedding<real>({.tokens = letters, .features = D, .positions = longest_word, .deviation = 1}, key.child(0)),
+                           dropout<real>(c.dropout), std::move(blocks), layer_norm<real>(D));
   p.phones = embedding<real>({.tokens = c.phones, .features = D, .positions = longest_answer, .deviation = 1}, key.child(1));
   for (index_t i = 0; i < c.decoder_blocks; ++i) {
     const rng_key k = key.child(static_cast<std::uint64_t>(200 + i));
-    p.decoder.stack.blocks.push_back({attend(true, k.child(0)), layer_norm<real>(D), cross_attention<real>({.inputs = D, .memory_inputs = D, .heads = c.heads}, k.child(1)),
+    p.decoder.stack.blocks.push_back({attend(true, k.child(0)), layer_norm<real>(D),
+                                      cross_attention<real>({.inputs = D, .memory_inputs = D, .heads = c.heads}, k.child(1)),
                                       dropout<real>(c.dropout), feed(k.child(2))});
   }
   p.decoder.answers = exit_classifiers<real>({.exits = c.decoder_blocks,
@@ -190,7 +195,8 @@ struct trainer {
   index_t step = 0, steps = 1;
   double loss = 0;
 
-  trainer(pronouncer m, training_config c, index_t all_steps) : model(std::move(m)), config(std::move(c)), gradient(lithe::make_gradient(model)), steps(all_steps) {
+  trainer(pronouncer m, training_config c, index_t all_steps)
+      : model(std::move(m)), config(std::move(c)), gradient(lithe::make_gradient(model)), steps(all_steps) {
     config.exits.reduce = lithe::reduction::mean;
     if (config.mode == "top") {
       config.exits.weights.assign(static_cast<std::size_t>(model.decoder.exits()), 0.0);
@@ -214,18 +220,20 @@ struct trainer {
     model.phones.forward(words.inputs, x, dec);
     const memory_view<real> m{memory, enc.rows};
     if (config.mode == "mixed") {
-      loss = mixed_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.passes, reduction::mean, -100, record.decoder, dx.view(), dmemory.view(),
-                             gradient.decoder, dec)
+      loss = mixed_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.passes, reduction::mean, -100, record.decoder,
+                             dx.view(), dmemory.view(), gradient.decoder, dec)
                  .total;
     } else {
-      loss = aligned_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.exits, step, record.decoder, dx.view(), dmemory.view(), gradient.decoder, dec)
+      loss = aligned_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.exits, step, record.decoder, dx.view(),
+                               dmemory.view(), gradient.decoder, dec)
                  .total;
       if (config.exits.alpha > 0 && config.exits.targets.granularity == exit_granularity::sequence) train_whole(m, dmemory.view(), enc);
     }
     model.phones.backward(words.inputs, {}, dx, {}, gradient.phones, dec);
     model.encoder.backward(words.spelling, record.encoder, dmemory, {}, gradient.encoder, enc);
     clip_by_global_norm(model, gradient, 1.0, base);
-    const learning_rate_schedule schedule{.learning_rate = config.rate, .warmup_steps = std::min<index_t>(200, steps), .total_steps = steps, .final_ratio = 0.02};
+    const learning_rate_schedule schedule{
+        .learning_rate = config.rate, .warmup_steps = std::min<index_t>(200, steps), .total_steps = steps, .final_ratio = 0.02};
     adam.step(model, gradient, schedule(step++), base);
   }
 

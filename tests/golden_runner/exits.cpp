@@ -57,9 +57,13 @@ void run_halt(golden_case<S>& c) {
   if (kind != "DynamicHalterNclasses" && kind != "DynamicHalterStickBreaking") throw skipped("a halter of class " + kind);
   const bool geometric = kind == "DynamicHalterStickBreaking";
   const index_t N = j.at("num_exits"), D = j.at("embed_dim"), T = j.at("seq_len"), B = j.at("batch"), R = T * B;
-  const std::map<std::string, halting_activation> kinds{{"tanh", halting_activation::tanh}, {"relu", halting_activation::relu}, {"sigmoid", halting_activation::sigmoid}};
-  halting<S> l({.kind = geometric ? exit_distribution::geometric : exit_distribution::multinomial, .exits = N, .features = D,
-                .per_block = geometric && j.at("separate_halting_predictors").template get<bool>(), .hidden_layers = j.at("halt_layers"),
+  const std::map<std::string, halting_activation> kinds{
+      {"tanh", halting_activation::tanh}, {"relu", halting_activation::relu}, {"sigmoid", halting_activation::sigmoid}};
+  halting<S> l({.kind = geometric ? exit_distribution::geometric : exit_distribution::multinomial,
+                .exits = N,
+                .features = D,
+                .per_block = geometric && j.at("separate_halting_predictors").template get<bool>(),
+                .hidden_layers = j.at("halt_layers"),
                 .activation = kinds.at(j.at("halt_nonlin"))},
                {});
   const auto name = [&](std::size_t i) { return geometric ? concat("halting_predictors.", i) : std::string("halting_predictor"); };
@@ -265,7 +269,8 @@ void run_calibration(golden_case<S>& c) {
   c.compare("output.p_value", result.p_values);
   const auto theirs = c.file.template read<double>("output.p_value");
   for (std::size_t i = 0; i < theirs.size(); ++i)  // one by one: some are far below the largest
-    if (std::abs(result.p_values[i] - theirs[i]) > 1e-9 * theirs[i]) throw std::runtime_error(concat("output.p_value ", i, " is ", result.p_values[i], ", expected ", theirs[i]));
+    if (std::abs(result.p_values[i] - theirs[i]) > 1e-9 * theirs[i])
+      throw std::runtime_error(concat("output.p_value ", i, " is ", result.p_values[i], ", expected ", theirs[i]));
   c.compare("output.threshold", std::vector<double>{result.threshold});
   c.compare("output.accepted", std::vector<double>{static_cast<double>(result.accepted)});
 }
@@ -294,23 +299,34 @@ void each_named(F&& f, M& model, T&... rest) {
     const auto inner = [](auto& block, auto which, auto child) -> auto& { return std::get<child>(std::get<which>(block.layers).inner.layers); };
     constexpr std::integral_constant<std::size_t, 0> first;
     constexpr std::integral_constant<std::size_t, 1> second;
-    both(at + "attention_norm", [&](auto& b) -> auto& { return inner(b, first, first); });
-    both(at + "attention.query", [&](auto& b) -> auto& { return inner(b, first, second).query; });
-    both(at + "attention.key", [&](auto& b) -> auto& { return inner(b, first, second).key; });
-    both(at + "attention.value", [&](auto& b) -> auto& { return inner(b, first, second).value; });
-    both(at + "attention.output", [&](auto& b) -> auto& { return inner(b, first, second).output; });
-    both(at + "feed_forward_norm", [&](auto& b) -> auto& { return inner(b, second, first); });
-    both(at + "feed_forward.fc1", [&](auto& b) -> auto& { return inner(b, second, second).up; });
-    both(at + "feed_forward.fc2", [&](auto& b) -> auto& { return inner(b, second, second).down; });
+    both(
+        at + "attention_norm", [&](auto& b) -> auto& { return inner(b, first, first); });
+    both(
+        at + "attention.query", [&](auto& b) -> auto& { return inner(b, first, second).query; });
+    both(
+        at + "attention.key", [&](auto& b) -> auto& { return inner(b, first, second).key; });
+    both(
+        at + "attention.value", [&](auto& b) -> auto& { return inner(b, first, second).value; });
+    both(
+        at + "attention.output", [&](auto& b) -> auto& { return inner(b, first, second).output; });
+    both(
+        at + "feed_forward_norm", [&](auto& b) -> auto& { return inner(b, second, first); });
+    both(
+        at + "feed_forward.fc1", [&](auto& b) -> auto& { return inner(b, second, second).up; });
+    both(
+        at + "feed_forward.fc2", [&](auto& b) -> auto& { return inner(b, second, second).down; });
   }
-  const auto numbered = [](const char* one, const char* many, std::size_t count, std::size_t i) { return count == 1 ? std::string(one) : concat(many, ".", i + 1); };
+  const auto numbered = [](const char* one, const char* many, std::size_t count, std::size_t i) {
+    return count == 1 ? std::string(one) : concat(many, ".", i + 1);
+  };
   for (std::size_t i = 0; i < model.answers.norms.size(); ++i) {
     const auto name = numbered("final_norm", "exit_norms", model.answers.norms.size(), i);
     f(name + ".weight", model.answers.norms[i].weight, rest.answers.norms[i].weight...);
     f(name + ".bias", model.answers.norms[i].bias, rest.answers.norms[i].bias...);
   }
   for (std::size_t i = 0; i < model.answers.classifiers.size(); ++i)
-    f(numbered("classifier", "classifiers", model.answers.classifiers.size(), i) + ".weight", model.answers.classifiers[i].weight, rest.answers.classifiers[i].weight...);
+    f(numbered("classifier", "classifiers", model.answers.classifiers.size(), i) + ".weight", model.answers.classifiers[i].weight,
+      rest.answers.classifiers[i].weight...);
 }
 
 template <class S>
@@ -328,13 +344,19 @@ small_model<S> load_small_model(golden_case<S>& c) {
   if (!rotary) model.tokens.position = c.tensor("param.positions.weight");
   for (index_t n = 0; n < N; ++n)
     model.stack.stack.blocks.push_back(small_block<S>(
-        {sequential(layer_norm<S>(D), attention<S>({.inputs = D, .heads = heads, .causal = true, .rotary_width = rotary ? D / heads : 0, .rotary_base = j.value("rotary_base", 10000.0)}, {}))},
+        {sequential(
+            layer_norm<S>(D),
+            attention<S>(
+                {.inputs = D, .heads = heads, .causal = true, .rotary_width = rotary ? D / heads : 0, .rotary_base = j.value("rotary_base", 10000.0)},
+                {}))},
         {sequential(layer_norm<S>(D), feed_forward<S>({D, j.at("inner"), activations.at(kind)}, {}))}));
   model.tied = classifier == "tied";
   model.stack.answers = exit_classifiers<S>({.exits = N,
                                              .features = D,
                                              .classes = V,
-                                             .norm = norm == "none" ? exit_sharing::none : norm == "shared" ? exit_sharing::shared : exit_sharing::independent,
+                                             .norm = norm == "none"     ? exit_sharing::none
+                                                     : norm == "shared" ? exit_sharing::shared
+                                                                        : exit_sharing::independent,
                                              .classifier = classifier == "independent" ? exit_sharing::independent : exit_sharing::shared},
                                             {});
   each_named(
@@ -359,8 +381,10 @@ small_model<S> load_small_model(golden_case<S>& c) {
 }
 
 template <class S>
-void compare_small_gradient(golden_case<S>& c, small_model<S>& model, gradient_of<adaptive_depth<small_block<S>>>& g, const gradient_of<embedding<S>>& ge) {
-  matrix<S> de = matrix<S>::Zero(model.tokens.weight.rows(), model.tokens.weight.cols()), dp = matrix<S>::Zero(model.tokens.position.rows(), de.cols());
+void compare_small_gradient(golden_case<S>& c, small_model<S>& model, gradient_of<adaptive_depth<small_block<S>>>& g,
+                            const gradient_of<embedding<S>>& ge) {
+  matrix<S> de = matrix<S>::Zero(model.tokens.weight.rows(), model.tokens.weight.cols()),
+            dp = matrix<S>::Zero(model.tokens.position.rows(), de.cols());
   for (index_t i = 0; i < de.rows(); ++i)
     for (index_t k = 0; k < de.cols(); ++k) de(i, k) = ge.weight(i, k);
   for (index_t i = 0; i < dp.rows(); ++i)
@@ -406,8 +430,8 @@ void run_training(golden_case<S>& c) {
   if (j.contains("sequences_of_exits")) {
     const index_t M = j.at("sequences_of_exits");
     matrix<S> states(M * T, D), logits(M * T, V);
-    losses = mixed_exit_step(model.stack, matrix_view<const S>(x), nothing{}, targets, M, reduce(j), j.at("ignore_index"), r, matrix_view<S>(dx), nothing{}, g, ctx, exits,
-                             [&](index_t pass, matrix_view<const S> h, matrix_view<const S> l) {
+    losses = mixed_exit_step(model.stack, matrix_view<const S>(x), nothing{}, targets, M, reduce(j), j.at("ignore_index"), r, matrix_view<S>(dx),
+                             nothing{}, g, ctx, exits, [&](index_t pass, matrix_view<const S> h, matrix_view<const S> l) {
                                states.middleRows(pass * T, T) = h.map();
                                logits.middleRows(pass * T, T) = l.map();
                              });
@@ -451,7 +475,8 @@ void run_decode(golden_case<S>& c) {
   generation_config config{.max_steps = steps, .keep_logits = true};
   config.end = j.at("eos").is_null() ? -1 : j.at("eos").template get<token_t>();
   config.rule.kind = kinds.at(j.at("confidence"));
-  config.rule.thresholds = j.at("thresholds").is_number() ? std::vector<double>{j.at("thresholds").template get<double>()} : j.at("thresholds").template get<std::vector<double>>();
+  config.rule.thresholds = j.at("thresholds").is_number() ? std::vector<double>{j.at("thresholds").template get<double>()}
+                                                          : j.at("thresholds").template get<std::vector<double>>();
   config.rule.strict = j.at("compare") == ">";
   config.rule.decay = decay_form(j);
   config.rule.temperature = j.value("decay_temperature", 0.0);
@@ -470,7 +495,8 @@ void run_decode(golden_case<S>& c) {
   if (c.has("mid.projected_rows")) c.compare("mid.projected_rows", std::vector<double>{static_cast<double>(out.projected)});
   config.rule.eager = true;
   const auto eager = generate(model.tokens, model.stack, nothing{}, prompts, config);
-  if (eager.tokens != out.tokens || eager.exits != out.exits) throw std::runtime_error("keys and values filled at once give other tokens or exits than filled late");
+  if (eager.tokens != out.tokens || eager.exits != out.exits)
+    throw std::runtime_error("keys and values filled at once give other tokens or exits than filled late");
 }
 
 template <class S>

@@ -37,15 +37,19 @@ adaptive_depth<B> make_model(index_t blocks = depth, exit_distribution kind = ex
   adaptive_depth<B> m;
   for (index_t n = 0; n < (tied ? 1 : blocks); ++n) {
     const rng_key key{static_cast<std::uint64_t>(n + 1)};
-    attention_part look{sequential(layer_norm<double>(features), attention<double>({.inputs = features, .heads = 2, .causal = true, .rotary_width = 4}, key.child(0)))};
+    attention_part look{sequential(layer_norm<double>(features),
+                                   attention<double>({.inputs = features, .heads = 2, .causal = true, .rotary_width = 4}, key.child(0)))};
     feed_part feed{sequential(layer_norm<double>(features), feed_forward<double>({features, 16, activation::gelu}, key.child(1)))};
     if constexpr (std::same_as<B, cross_block>)
-      m.stack.blocks.push_back({look, layer_norm<double>(features), cross_attention<double>({.inputs = features, .memory_inputs = 5, .heads = 2}, key.child(2)), dropout<double>(), feed});
+      m.stack.blocks.push_back({look, layer_norm<double>(features),
+                                cross_attention<double>({.inputs = features, .memory_inputs = 5, .heads = 2}, key.child(2)), dropout<double>(),
+                                feed});
     else
       m.stack.blocks.push_back(B(look, feed));
   }
   m.stack.depth = tied ? blocks : 0;
-  m.answers = exit_classifiers<double>({.exits = blocks, .features = features, .classes = classes, .norm = exit_sharing::independent, .classifier = exit_sharing::independent}, {50});
+  m.answers = exit_classifiers<double>(
+      {.exits = blocks, .features = features, .classes = classes, .norm = exit_sharing::independent, .classifier = exit_sharing::independent}, {50});
   m.halt = halting<double>({.kind = kind, .exits = blocks, .features = features, .per_block = kind == exit_distribution::geometric}, {51});
   m.meta = halting_head<double>({.features = features}, {52});
   for (auto& c : m.answers.classifiers) c.weight *= 3;  // answers differ enough between blocks
@@ -77,9 +81,9 @@ model_type truncated(const model_type& m, index_t n) {
   t.answers.classifiers.resize(static_cast<std::size_t>(n));
   return t;
 }
-const std::pair<exit_confidence, double> every_rule[] = {{exit_confidence::geometric, 0.55},    {exit_confidence::max_prob, 0.7}, {exit_confidence::softmax_diff, 0.5},
-                                                         {exit_confidence::entropy, 0.5},       {exit_confidence::state, 0.96},    {exit_confidence::meta, 0.5},
-                                                         {exit_confidence::multinomial, 0.5}};
+const std::pair<exit_confidence, double> every_rule[] = {
+    {exit_confidence::geometric, 0.55}, {exit_confidence::max_prob, 0.7}, {exit_confidence::softmax_diff, 0.5}, {exit_confidence::entropy, 0.5},
+    {exit_confidence::state, 0.96},     {exit_confidence::meta, 0.5},     {exit_confidence::multinomial, 0.5}};
 
 TEST(decoding, lazy_eager_batches_and_single_rows_agree) {
   for (const auto& [kind, threshold] : every_rule) {
@@ -173,8 +177,8 @@ TEST(decoding, the_invariant_of_lazy_filling_holds_after_each_step) {
   std::vector<std::int32_t> exits(3);
   matrix<double> logits(3, classes);
   for (index_t t = 0; t < 10; ++t) {
-    adaptive_step(m, matrix_view<const double>(random_matrix(3, features, static_cast<std::uint64_t>(t + 100))), nothing{}, matrix_view<double>(logits), exits, c,
-                  rule(exit_confidence::geometric, 0.55), {});
+    adaptive_step(m, matrix_view<const double>(random_matrix(3, features, static_cast<std::uint64_t>(t + 100))), nothing{},
+                  matrix_view<double>(logits), exits, c, rule(exit_confidence::geometric, 0.55), {});
     index_t sum = 0;
     for (index_t s = 0; s < 3; ++s) {
       history[static_cast<std::size_t>(s)].push_back(exits[static_cast<std::size_t>(s)]);
@@ -486,8 +490,9 @@ TEST(cross_attention_decoding, beams_share_their_source_and_agree_with_greedy) {
   const auto wide = generate_by_beams(tokens(), m, v, prompts, 4, c);
   const auto narrow = generate_by_beams(tokens(), m, v, prompts, 1, c);
   for (std::size_t i = 0; i < 2; ++i) {
-    const auto alone = generate_by_beams(tokens(), m, memory_view<double>{matrix_view<const double>(memory).slice_rows(sources[i], sources[i + 1] - sources[i]), {}},
-                                         std::span<const std::vector<token_t>>(&prompts[i], 1), 4, c);
+    const auto alone =
+        generate_by_beams(tokens(), m, memory_view<double>{matrix_view<const double>(memory).slice_rows(sources[i], sources[i + 1] - sources[i]), {}},
+                          std::span<const std::vector<token_t>>(&prompts[i], 1), 4, c);
     EXPECT_EQ(alone.tokens[0], wide.tokens[i]);
     EXPECT_EQ(alone.exits[0], wide.exits[i]);
   }

@@ -170,8 +170,11 @@ struct mixed_layer {
     record r;
     forward(x, y, r, ctx);
   }
-  void forward(matrix_view<const double> x, matrix_view<double> y, record& r, const context& ctx) const { stack.forward_mixed(x, {}, exits, y, r, ctx); }
-  void backward(matrix_view<const double> x, const record& r, matrix_view<const double> dy, matrix_view<double> dx, gradient& g, const context& ctx) const {
+  void forward(matrix_view<const double> x, matrix_view<double> y, record& r, const context& ctx) const {
+    stack.forward_mixed(x, {}, exits, y, r, ctx);
+  }
+  void backward(matrix_view<const double> x, const record& r, matrix_view<const double> dy, matrix_view<double> dx, gradient& g,
+                const context& ctx) const {
     stack.backward(x, r, dy, dx, g, ctx);
   }
   template <class F, class... T>
@@ -202,10 +205,10 @@ TEST(mixed_training, everybody_at_the_top_is_aligned_training_of_the_top) {
   auto g = make_gradient(model);
   auto h = make_gradient(model);
   matrix<double> dx(7, features), dz(7, features);
-  const auto mixed = mixed_exit_step(model, matrix_view<const double>(x), nothing{}, targets, 2, reduction::sum, -100, r, matrix_view<double>(dx), nothing{}, g, t.ctx,
-                                     std::vector<std::int32_t>(14, 3));
-  const auto aligned =
-      aligned_exit_step(model, matrix_view<const double>(x), nothing{}, targets, {.weights = {0, 0, 1}}, 0, s, matrix_view<double>(dz), nothing{}, h, t.ctx);
+  const auto mixed = mixed_exit_step(model, matrix_view<const double>(x), nothing{}, targets, 2, reduction::sum, -100, r, matrix_view<double>(dx),
+                                     nothing{}, g, t.ctx, std::vector<std::int32_t>(14, 3));
+  const auto aligned = aligned_exit_step(model, matrix_view<const double>(x), nothing{}, targets, {.weights = {0, 0, 1}}, 0, s,
+                                         matrix_view<double>(dz), nothing{}, h, t.ctx);
   EXPECT_NEAR(mixed.total, aligned.total, 1e-12);  // the same sum in two halves
   EXPECT_LT((dx - dz).cwiseAbs().maxCoeff(), 1e-13);
   const auto [difference, largest] = compare(model, g, h);
@@ -324,7 +327,8 @@ TEST(aligned_training, the_whole_loss_has_the_gradient_of_its_equation) {
   auto g = make_gradient(model), h = g;
   const exit_training_config c{.weights = {1, 2, 3}, .alpha = 0.7, .reduce = reduction::mean};
   const auto loss = [&](matrix<double>& d, auto& gradient, const exit_training_config& config) {
-    return aligned_exit_step(model, matrix_view<const double>(x), nothing{}, targets, config, 5, r, matrix_view<double>(d), nothing{}, gradient, t.ctx, exits);
+    return aligned_exit_step(model, matrix_view<const double>(x), nothing{}, targets, config, 5, r, matrix_view<double>(d), nothing{}, gradient,
+                             t.ctx, exits);
   };
   const auto losses = loss(dx, g, c);
   EXPECT_NEAR(losses.total, losses.decoder + 0.7 * losses.exit, 1e-14);
@@ -352,7 +356,8 @@ TEST(aligned_training, detached_the_exit_loss_trains_the_head_alone) {
   const auto run = [&](double alpha, bool detach, matrix<double>& dx) {
     exit_training_record<adaptive_depth<pre_block>> r;
     auto g = make_gradient(model);
-    (void)aligned_exit_step(model, matrix_view<const double>(x), nothing{}, targets, {.alpha = alpha, .detach = detach}, 0, r, matrix_view<double>(dx), nothing{}, g, t.ctx);
+    (void)aligned_exit_step(model, matrix_view<const double>(x), nothing{}, targets, {.alpha = alpha, .detach = detach}, 0, r,
+                            matrix_view<double>(dx), nothing{}, g, t.ctx);
     return g;
   };
   matrix<double> without(7, features), detached(7, features), attached(7, features);
@@ -370,8 +375,8 @@ TEST(aligned_training, an_oracle_for_sequences_leaves_its_choice_to_the_caller) 
   exit_training_record<adaptive_depth<pre_block>> r;
   auto g = make_gradient(model);
   matrix<double> dx(7, features);
-  (void)aligned_exit_step(model, matrix_view<const double>(x), nothing{}, std::vector<token_t>(7, 1), {.alpha = 1, .targets = {.granularity = exit_granularity::sequence}}, 0,
-                          r, matrix_view<double>(dx), nothing{}, g, t.ctx);
+  (void)aligned_exit_step(model, matrix_view<const double>(x), nothing{}, std::vector<token_t>(7, 1),
+                          {.alpha = 1, .targets = {.granularity = exit_granularity::sequence}}, 0, r, matrix_view<double>(dx), nothing{}, g, t.ctx);
   EXPECT_EQ(r.exits.size(), 3U);
 }
 TEST(aligned_training, all_targets_ignored_give_no_loss_and_no_gradient) {
@@ -382,8 +387,8 @@ TEST(aligned_training, all_targets_ignored_give_no_loss_and_no_gradient) {
   exit_training_record<adaptive_depth<pre_block>> r;
   auto g = make_gradient(model);
   matrix<double> dx(7, features);
-  const auto l = aligned_exit_step(model, matrix_view<const double>(x), nothing{}, std::vector<token_t>(7, -100), {.alpha = 1, .reduce = reduction::mean}, 0, r,
-                                   matrix_view<double>(dx), nothing{}, g, t.ctx);
+  const auto l = aligned_exit_step(model, matrix_view<const double>(x), nothing{}, std::vector<token_t>(7, -100),
+                                   {.alpha = 1, .reduce = reduction::mean}, 0, r, matrix_view<double>(dx), nothing{}, g, t.ctx);
   EXPECT_EQ(l.total, 0);
   EXPECT_EQ(dx.cwiseAbs().maxCoeff(), 0);
 }
@@ -414,7 +419,7 @@ TEST(adaptive_depth, bad_input_is_refused) {
   const auto x = random_matrix(4, features, 2);
   matrix<double> y(12, features), dx(4, features);
   record_of<adaptive_stack<pre_block>> r;
-  EXPECT_THROW(model.stack.forward_mixed(x, {}, std::vector<std::int32_t>{1, 2, 3}, y, r, {}), shape_error);     // wrong length
+  EXPECT_THROW(model.stack.forward_mixed(x, {}, std::vector<std::int32_t>{1, 2, 3}, y, r, {}), shape_error);      // wrong length
   EXPECT_THROW(model.stack.forward_mixed(x, {}, std::vector<std::int32_t>{1, 2, 3, 4}, y, r, {}), config_error);  // more exits than blocks
   EXPECT_THROW(model.stack.forward_mixed(x, {}, std::vector<std::int32_t>{0, 2, 3, 1}, y, r, {}), config_error);
   EXPECT_THROW(exit_gradient_scales(3, 0), config_error);
@@ -428,7 +433,8 @@ TEST(adaptive_depth, bad_input_is_refused) {
   EXPECT_THROW(step({.alpha = -1}), config_error);
   EXPECT_THROW(step({.weights = {1, 1}}), config_error);
   EXPECT_THROW(step({.weights = {0, 0, 0}}), config_error);
-  EXPECT_THROW((void)mixed_exit_step(model, matrix_view<const double>(x), nothing{}, targets, 0, reduction::sum, -100, record, matrix_view<double>(dx), nothing{}, g, {}),
+  EXPECT_THROW((void)mixed_exit_step(model, matrix_view<const double>(x), nothing{}, targets, 0, reduction::sum, -100, record,
+                                     matrix_view<double>(dx), nothing{}, g, {}),
                config_error);
   model.answers.exits = 2;
   EXPECT_THROW(model.output_shape(x), config_error);

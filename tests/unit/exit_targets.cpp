@@ -33,7 +33,9 @@ exits_type chosen(const exit_evidence& e, exit_target_config c, std::vector<toke
 }
 
 TEST(exit_targets, token_likelihood_and_its_smoothing) {
-  const auto of = [](double lambda, double sigma) { return chosen(likelihoods(), {.oracle = exit_oracle::likelihood, .penalty = lambda, .sigma = sigma}); };
+  const auto of = [](double lambda, double sigma) {
+    return chosen(likelihoods(), {.oracle = exit_oracle::likelihood, .penalty = lambda, .sigma = sigma});
+  };
   EXPECT_EQ(of(0, 0), (exits_type{3, 1, 2}));
   EXPECT_EQ(of(.3, 0), (exits_type{3, 1, 2}));
   EXPECT_EQ(of(.6, 0), (exits_type{2, 1, 2}));
@@ -50,7 +52,9 @@ TEST(exit_targets, token_likelihood_and_its_smoothing) {
 
 TEST(exit_targets, sequence_likelihood) {
   for (const auto& [lambda, exit] : {std::pair{0.0, 3}, {.5, 2}, {2.0, 2}, {4.0, 1}})
-    EXPECT_EQ(chosen(likelihoods(), {.oracle = exit_oracle::likelihood, .granularity = exit_granularity::sequence, .penalty = lambda}), exits_type{exit}) << lambda;
+    EXPECT_EQ(chosen(likelihoods(), {.oracle = exit_oracle::likelihood, .granularity = exit_granularity::sequence, .penalty = lambda}),
+              exits_type{exit})
+        << lambda;
 }
 
 TEST(exit_targets, token_correctness_and_ties) {

@@ -8,8 +8,8 @@
 namespace lithe::inline LITHE_ABI {
 
 /// A stack that can answer at every depth (arXiv 1910.10073): its blocks, the classifiers behind them, and what predicts exits: a halting
-/// distribution and a meta confidence (arXiv 2207.07061, section 3.3), if they are wanted. As a layer it maps x [T x D] to the logits [N T x V] of all exits, one
-/// below the other; training with exits is `aligned_exit_step` and `mixed_exit_step`, decoding `adaptive_step`.
+/// distribution and a meta confidence (arXiv 2207.07061, section 3.3), if they are wanted. As a layer it maps x [T x D] to the logits [N T x V] of
+/// all exits, one below the other; training with exits is `aligned_exit_step` and `mixed_exit_step`, decoding `adaptive_step`.
 ///
 /// Throws as its parts do.
 template <class Block, class Norm = layer_norm<typename Block::scalar>>
@@ -43,8 +43,9 @@ struct adaptive_depth {
   [[nodiscard]] index_t features() const { return answers.classifiers.front().weight.cols(); }
 
   shape output_shape(matrix_view<const S> x) const {
-    require<config_error>(answers.exits == exits() && (halt.heads.empty() || halt.exits == exits()), "adaptive_depth: expected classifiers and a halting distribution of ",
-                          exits(), " exits, got ", answers.exits, " and ", halt.exits);
+    require<config_error>(answers.exits == exits() && (halt.heads.empty() || halt.exits == exits()),
+                          "adaptive_depth: expected classifiers and a halting distribution of ", exits(), " exits, got ", answers.exits, " and ",
+                          halt.exits);
     return {stack.output_shape(x).rows, answers.classes()};
   }
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> logits, const context& ctx) const {
@@ -65,19 +66,14 @@ struct adaptive_depth {
   }
 
   // The layer concept, for blocks without a memory.
-  void forward(matrix_view<const S> x, matrix_view<S> logits, const context& ctx) const
-    requires(!reads_memory)
-  {
+  void forward(matrix_view<const S> x, matrix_view<S> logits, const context& ctx) const requires(!reads_memory) {
     forward(x, nothing{}, logits, ctx);
   }
-  void forward(matrix_view<const S> x, matrix_view<S> logits, record& r, const context& ctx) const
-    requires(!reads_memory)
-  {
+  void forward(matrix_view<const S> x, matrix_view<S> logits, record& r, const context& ctx) const requires(!reads_memory) {
     forward(x, nothing{}, logits, r, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, gradient& g, const context& ctx) const
-    requires(!reads_memory)
-  {
+      requires(!reads_memory) {
     backward(x, nothing{}, r, dlogits, dx, nothing{}, g, ctx);
   }
 

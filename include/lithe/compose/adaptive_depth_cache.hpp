@@ -16,7 +16,8 @@ cache_of<B> make_block_cache(const B& b, index_t slots, index_t capacity) {
     return lithe::make_cache(b, slots, capacity);
 }
 template <class B>
-void decode_block(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, matrix_view<typename B::scalar> y, cache_of<B>& c, const context& ctx) {
+void decode_block(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, matrix_view<typename B::scalar> y, cache_of<B>& c,
+                  const context& ctx) {
   if constexpr (reads_memory<B>)
     b.decode(x, m, y, c, ctx);
   else
@@ -51,10 +52,10 @@ void permute_block(const B& b, cache_of<B>& c, std::span<const index_t> order) {
 template <class Block>
 struct adaptive_cache {
   using S = typename Block::scalar;
-  std::vector<cache_of<Block>> blocks;        ///< of each depth
-  std::vector<std::vector<index_t>> filled;   ///< [N][slots]
-  matrix<S> states;                           ///< row slot * capacity + t: the state with which position t left
-  std::vector<index_t> length, start;         ///< of each slot: positions, and those among them that belong to the prompt
+  std::vector<cache_of<Block>> blocks;       ///< of each depth
+  std::vector<std::vector<index_t>> filled;  ///< [N][slots]
+  matrix<S> states;                          ///< row slot * capacity + t: the state with which position t left
+  std::vector<index_t> length, start;        ///< of each slot: positions, and those among them that belong to the prompt
   index_t capacity = 0;
   index_t projected = 0, visited = 0;  ///< rows of keys and values made, rows that went through a block
 
@@ -78,7 +79,8 @@ template <class Block, class Norm>
 
 /// Says which sequence of the memory each slot reads, before the first step with that memory.
 template <class Block, class Norm>
-void start_memory(const adaptive_depth<Block, Norm>& model, const detail::memory_of<Block>& m, std::span<const index_t> source, adaptive_cache<Block>& c) {
+void start_memory(const adaptive_depth<Block, Norm>& model, const detail::memory_of<Block>& m, std::span<const index_t> source,
+                  adaptive_cache<Block>& c) {
   if constexpr (detail::reads_memory<Block>)
     for (index_t n = 1; n <= model.exits(); ++n) model.stack.block(n).start(m, source, c.blocks[static_cast<std::size_t>(n - 1)]);
 }
@@ -99,7 +101,8 @@ void truncate(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c
 /// Slot i becomes what slot order[i] was (beam search).
 template <class Block, class Norm>
 void permute(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, std::span<const index_t> order, const context& ctx = {}) {
-  require<shape_error>(static_cast<index_t>(order.size()) == c.slots(), "adaptive_cache: expected an order of ", c.slots(), " slots, got ", order.size());
+  require<shape_error>(static_cast<index_t>(order.size()) == c.slots(), "adaptive_cache: expected an order of ", c.slots(), " slots, got ",
+                       order.size());
   index_t longest = 0;
   for (const index_t s : order) {
     require<index_error>(s >= 0 && s < c.slots(), "adaptive_cache: expected a slot below ", c.slots(), ", got ", s);
@@ -108,7 +111,8 @@ void permute(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c,
   for (index_t n = 1; n <= model.exits(); ++n) detail::permute_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], order);
   const index_t slots = c.slots();
   const scratch<typename Block::scalar> states(ctx, slots * longest, c.states.cols());
-  for (index_t s = 0; s < slots; ++s) states.view().slice_rows(s * longest, longest).map() = c.state(order[static_cast<std::size_t>(s)], 0, longest).map();
+  for (index_t s = 0; s < slots; ++s)
+    states.view().slice_rows(s * longest, longest).map() = c.state(order[static_cast<std::size_t>(s)], 0, longest).map();
   for (index_t s = 0; s < slots; ++s) c.state(s, 0, longest).map() = states.view().slice_rows(s * longest, longest).map();
   const scratch<index_t> before(ctx, slots);
   const auto reorder = [&](std::vector<index_t>& numbers) {
@@ -162,14 +166,15 @@ void check_room(const char* who, const adaptive_cache<Block>& c, index_t rows, c
     const index_t s = ctx.slot(i), n = ctx.rows.end(i, rows) - ctx.rows.begin(i);
     require<index_error>(s >= 0 && s < c.slots(), who, ": expected a slot below ", c.slots(), ", got ", s);
     if (c.length[static_cast<std::size_t>(s)] + n > c.capacity)
-      throw std::length_error(concat(who, ": slot ", s, " holds ", c.length[static_cast<std::size_t>(s)], " of ", c.capacity, " tokens; ", n, " more do not fit"));
+      throw std::length_error(
+          concat(who, ": slot ", s, " holds ", c.length[static_cast<std::size_t>(s)], " of ", c.capacity, " tokens; ", n, " more do not fit"));
   }
 }
 
 }  // namespace detail
 
-/// Leads new rows x [R x D] of some slots (ctx.rows, ctx.slots) through blocks `first` .. `last`, from 1, and into their caches; y [R x D] is the output of
-/// the last. The lengths of the slots stay: whoever has been through all blocks calls `advance`. Throws std::length_error when a slot is
+/// Leads new rows x [R x D] of some slots (ctx.rows, ctx.slots) through blocks `first` .. `last`, from 1, and into their caches; y [R x D] is the
+/// output of the last. The lengths of the slots stay: whoever has been through all blocks calls `advance`. Throws std::length_error when a slot is
 /// full; then, and if a block throws, the slots are as they were before.
 template <class Block, class Norm>
 void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, index_t last, matrix_view<const typename Block::scalar> x,
@@ -182,7 +187,8 @@ void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, inde
   copy<S>(x, in, ctx);
   for (index_t n = first; n <= last; ++n) {
     detail::fill_pending(model, n, slots.span(), c, ctx);
-    detail::decode_block(model.stack.block(n), matrix_view<const S>(in), m, y, c.blocks[static_cast<std::size_t>(n - 1)], ctx.child(static_cast<std::uint64_t>(n - 1)));
+    detail::decode_block(model.stack.block(n), matrix_view<const S>(in), m, y, c.blocks[static_cast<std::size_t>(n - 1)],
+                         ctx.child(static_cast<std::uint64_t>(n - 1)));
     for (index_t i = 0; i < ctx.rows.count(); ++i) c.filled_to(n, slots[i]) += ctx.rows.end(i, x.rows()) - ctx.rows.begin(i);
     c.visited += x.rows();
     c.projected += x.rows();
@@ -203,8 +209,8 @@ void advance(matrix_view<const typename Block::scalar> y, adaptive_cache<Block>&
 
 /// Takes a prompt in: all of its rows x [R x D] through all blocks.
 template <class Block, class Norm>
-void prefill(const adaptive_depth<Block, Norm>& model, matrix_view<const typename Block::scalar> x, const detail::memory_of<Block>& m, adaptive_cache<Block>& c,
-             const context& ctx) {
+void prefill(const adaptive_depth<Block, Norm>& model, matrix_view<const typename Block::scalar> x, const detail::memory_of<Block>& m,
+             adaptive_cache<Block>& c, const context& ctx) {
   const scratch<typename Block::scalar> y(ctx, x.rows(), x.cols());
   decode_blocks(model, 1, model.exits(), x, m, y.view(), c, ctx);
   advance<Block>(y, c, ctx);

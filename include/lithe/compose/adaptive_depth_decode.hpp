@@ -15,11 +15,24 @@ class exit_step {
   using S = typename Block::scalar;
   using model_type = adaptive_depth<Block, Norm>;
 
-  exit_step(const model_type& model, const exit_rule& rule, adaptive_cache<Block>& c, index_t rows, matrix_view<S> logits, std::span<std::int32_t> exits,
-            matrix_view<double> confidences, const context& ctx)
-      : model_(model), rule_(rule), c_(c), ctx_(ctx), logits_(logits), exits_(exits), confidences_(confidences), active_(rows), row_(ctx, rows),
-        slot_(ctx, rows), offsets_(ctx, rows + 1), leaving_(ctx, rows), planned_(ctx, rows), answers_(ctx, rule.reads_logits() ? rows : 0, logits.cols()),
-        a_(ctx, rows, model.features()), b_(ctx, rows, model.features()) {
+  exit_step(const model_type& model, const exit_rule& rule, adaptive_cache<Block>& c, index_t rows, matrix_view<S> logits,
+            std::span<std::int32_t> exits, matrix_view<double> confidences, const context& ctx)
+      : model_(model),
+        rule_(rule),
+        c_(c),
+        ctx_(ctx),
+        logits_(logits),
+        exits_(exits),
+        confidences_(confidences),
+        active_(rows),
+        row_(ctx, rows),
+        slot_(ctx, rows),
+        offsets_(ctx, rows + 1),
+        leaving_(ctx, rows),
+        planned_(ctx, rows),
+        answers_(ctx, rule.reads_logits() ? rows : 0, logits.cols()),
+        a_(ctx, rows, model.features()),
+        b_(ctx, rows, model.features()) {
     for (index_t i = 0; i < rows; ++i) {
       row_[i] = i;
       slot_[i] = ctx.slot(i);
@@ -121,7 +134,8 @@ class exit_step {
     }
     if (n == model_.exits())
       each_leaving([&](index_t i, index_t) {
-        if (logits_.row_array(row_[i]).isNaN().any()) throw std::runtime_error(concat("adaptive_depth: the last exit's logits of slot ", slot_[i], " are not numbers"));
+        if (logits_.row_array(row_[i]).isNaN().any())
+          throw std::runtime_error(concat("adaptive_depth: the last exit's logits of slot ", slot_[i], " are not numbers"));
       });
     each_leaving([&](index_t i, index_t at) {
       const index_t s = slot_[i];
@@ -167,18 +181,18 @@ class exit_step {
 
 }  // namespace detail
 
-/// One step of decoding with an exit of its own for each row (arXiv 1910.10073, section 4; arXiv 2207.07061): the new rows x [R x D], one for each slot of
-/// ctx.slots, go up the blocks; who leaves after block n gets logits [R x V] from its classifier, and the others go on as a smaller batch. Block n makes
-/// the keys and values of positions that left below it from their copied states when the first row of their slot comes by (or at
-/// once, `exit_rule::eager`: the same values).
+/// One step of decoding with an exit of its own for each row (arXiv 1910.10073, section 4; arXiv 2207.07061): the new rows x [R x D], one for each
+/// slot of ctx.slots, go up the blocks; who leaves after block n gets logits [R x V] from its classifier, and the others go on as a smaller batch.
+/// Block n makes the keys and values of positions that left below it from their copied states when the first row of their slot comes by (or at once,
+/// `exit_rule::eager`: the same values).
 ///
 /// `exits` [R] from 1; `confidences` [R x N-1], unless empty, has 0 where nothing was tested. The values do not depend on who else is in the
 /// batch beyond rounding. Throws config_error for a rule that does not fit, std::length_error when a slot is full, std::runtime_error when the last
 /// exit's logits are not numbers; the slots then have no row more than before (those that had already left keep theirs).
 template <class Block, class Norm>
 void adaptive_step(const adaptive_depth<Block, Norm>& model, matrix_view<const typename Block::scalar> x, const detail::memory_of<Block>& m,
-                   matrix_view<typename Block::scalar> logits, std::span<std::int32_t> exits, adaptive_cache<Block>& c, const exit_rule& rule, const context& ctx,
-                   matrix_view<double> confidences = {}) {
+                   matrix_view<typename Block::scalar> logits, std::span<std::int32_t> exits, adaptive_cache<Block>& c, const exit_rule& rule,
+                   const context& ctx, matrix_view<double> confidences = {}) {
   const index_t R = x.rows(), N = model.exits();
   rule.check(N);
   require<config_error>(rule.kind != exit_confidence::fixed || rule.exits.size() <= 1 || static_cast<index_t>(rule.exits.size()) == c.slots(),
@@ -186,7 +200,8 @@ void adaptive_step(const adaptive_depth<Block, Norm>& model, matrix_view<const t
   require<config_error>((rule.kind != exit_confidence::geometric && rule.kind != exit_confidence::multinomial) || N == 1 ||
                             (!model.halt.heads.empty() && model.halt.geometric() == (rule.kind == exit_confidence::geometric)),
                         "exit_rule: the model has no halting head of the kind that the rule asks for");
-  require<config_error>(rule.kind != exit_confidence::meta || N == 1 || model.meta.output.weight.size() != 0, "exit_rule: the model has no meta head");
+  require<config_error>(rule.kind != exit_confidence::meta || N == 1 || model.meta.output.weight.size() != 0,
+                        "exit_rule: the model has no meta head");
   require_features("adaptive_depth", model.features(), x);
   require_shape("adaptive_depth", "logits", logits, R, model.answers.classes());
   require<shape_error>(static_cast<index_t>(exits.size()) == R && (ctx.slots.empty() || static_cast<index_t>(ctx.slots.size()) == R),

@@ -59,7 +59,8 @@ struct exit_classifiers {
     g.classifiers.resize(classifiers.size());
   }
   shape output_shape(matrix_view<const S> x) const {
-    require<shape_error>(x.rows() % exits == 0, "exit_classifiers: expected the states of ", exits, " blocks one below the other, got ", x.rows(), " rows");
+    require<shape_error>(x.rows() % exits == 0, "exit_classifiers: expected the states of ", exits, " blocks one below the other, got ", x.rows(),
+                         " rows");
     require_features("exit_classifiers", classifiers.front().weight.cols(), x);
     return {x.rows(), classes()};
   }
@@ -89,7 +90,8 @@ struct exit_classifiers {
   /// One exit for each row, as mixed training has it: x [T x D], logits [T x V]. Its backward is the same.
   void forward_mixed(matrix_view<const S> x, std::span<const std::int32_t> row_exits, matrix_view<S> logits, record& r, const context& ctx) const {
     const index_t T = x.rows();
-    require<shape_error>(static_cast<index_t>(row_exits.size()) == T, "exit_classifiers: expected an exit for each of ", T, " rows, got ", row_exits.size());
+    require<shape_error>(static_cast<index_t>(row_exits.size()) == T, "exit_classifiers: expected an exit for each of ", T, " rows, got ",
+                         row_exits.size());
     require_shape("exit_classifiers", "logits", logits, T, classes());
     r.order.resize(row_exits.size());
     r.offsets.assign(static_cast<std::size_t>(exits) + 1, 0);
@@ -99,7 +101,8 @@ struct exit_classifiers {
     }
     std::partial_sum(r.offsets.begin(), r.offsets.end(), r.offsets.begin());
     std::vector<index_t> next(r.offsets.begin(), r.offsets.end() - 1);
-    for (index_t t = 0; t < T; ++t) r.order[static_cast<std::size_t>(next[static_cast<std::size_t>(row_exits[static_cast<std::size_t>(t)] - 1)]++)] = t;
+    for (index_t t = 0; t < T; ++t)
+      r.order[static_cast<std::size_t>(next[static_cast<std::size_t>(row_exits[static_cast<std::size_t>(t)] - 1)]++)] = t;
     r.sorted.resize(T, x.cols());
     for (index_t i = 0; i < T; ++i) r.sorted.row(i) = x.map().row(r.order[static_cast<std::size_t>(i)]);
     const scratch<S> out(ctx, T, classes());
@@ -149,9 +152,8 @@ struct exit_classifiers {
       norms[i].forward(x.slice_rows(first, n), matrix_view<S>(r.normed).slice_rows(first, n), r.norms[i], ctx);
     });
     const matrix_view<const S> in = norms.empty() ? x : matrix_view<const S>(r.normed);
-    each_part(classifiers.size(), r, [&](std::size_t i, index_t first, index_t n) {
-      classifiers[i].forward(in.slice_rows(first, n), logits.slice_rows(first, n), ctx);
-    });
+    each_part(classifiers.size(), r,
+              [&](std::size_t i, index_t first, index_t n) { classifiers[i].forward(in.slice_rows(first, n), logits.slice_rows(first, n), ctx); });
   }
   void back(matrix_view<const S> x, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const matrix_view<const S> in = norms.empty() ? x : matrix_view<const S>(r.normed);

@@ -10,10 +10,10 @@ template <class S>
 struct generation {
   std::vector<std::vector<token_t>> tokens;
   std::vector<std::vector<std::int32_t>> exits;
-  matrix<S> logits;                         ///< if asked for: row b * max_steps + t; 0 where nothing was decoded
-  std::vector<double> scores;               ///< beam search: log probability / length
-  index_t projected = 0, visited = 0;       ///< rows of keys and values made, rows that went through a block
-  index_t drafted = 0, accepted = 0;        ///< self-speculation: tokens drafted, and those of them that the full model agreed with
+  matrix<S> logits;                    ///< if asked for: row b * max_steps + t; 0 where nothing was decoded
+  std::vector<double> scores;          ///< beam search: log probability / length
+  index_t projected = 0, visited = 0;  ///< rows of keys and values made, rows that went through a block
+  index_t drafted = 0, accepted = 0;   ///< self-speculation: tokens drafted, and those of them that the full model agreed with
 
   /// Tokens that left at exits 1 .. N.
   [[nodiscard]] std::vector<index_t> histogram(index_t N) const {
@@ -59,8 +59,8 @@ struct generation_state {
   std::vector<token_t> last;  // of each slot
 
   /// `copies` slots for each prompt.
-  generation_state(const Embed& e, const adaptive_depth<Block, Norm>& md, const memory_of<Block>& m, std::span<const std::vector<token_t>> prompts, index_t copies,
-                   index_t max_steps, const context& ctx)
+  generation_state(const Embed& e, const adaptive_depth<Block, Norm>& md, const memory_of<Block>& m, std::span<const std::vector<token_t>> prompts,
+                   index_t copies, index_t max_steps, const context& ctx)
       : embed(e), model(md) {
     std::size_t longest = 0;
     for (const auto& p : prompts) {
@@ -107,8 +107,9 @@ struct generation_state {
 /// Greedy decoding with exits of rows that each start from a prompt of at least one token. `embed` is the layer that turns tokens into rows (an
 /// `embedding`; its learned positions go on by themselves). A sequence that is over leaves the batch for good. Throws as `adaptive_step` does.
 template <class Embed, class Block, class Norm>
-[[nodiscard]] generation<typename Block::scalar> generate(const Embed& embed, const adaptive_depth<Block, Norm>& model, const detail::memory_of<Block>& m,
-                                                          std::span<const std::vector<token_t>> prompts, const generation_config& config, const context& ctx = {}) {
+[[nodiscard]] generation<typename Block::scalar> generate(const Embed& embed, const adaptive_depth<Block, Norm>& model,
+                                                          const detail::memory_of<Block>& m, std::span<const std::vector<token_t>> prompts,
+                                                          const generation_config& config, const context& ctx = {}) {
   using S = typename Block::scalar;
   const auto B = static_cast<index_t>(prompts.size());
   const index_t V = model.answers.classes();
@@ -149,15 +150,16 @@ template <class Embed, class Block, class Norm>
   return out;
 }
 
-/// Lossless decoding in which the first blocks draft for all (arXiv 2404.16710, section 4.3): up to `drafts` tokens are taken from exit `draft_exit`, then the blocks above
-/// check them all at once; those that equal the full model's choice are kept, and its next choice is added. The tokens are those of greedy
-/// decoding without exits. `exits` says for each token whether the draft (draft_exit) or the full model (N) gave it.
+/// Lossless decoding in which the first blocks draft for all (arXiv 2404.16710, section 4.3): up to `drafts` tokens are taken from exit `draft_exit`,
+/// then the blocks above check them all at once; those that equal the full model's choice are kept, and its next choice is added. The tokens are
+/// those of greedy decoding without exits. `exits` says for each token whether the draft (draft_exit) or the full model (N) gave it.
 ///
 /// Throws config_error unless 1 <= draft_exit < N and drafts >= 1.
 template <class Embed, class Block, class Norm>
-[[nodiscard]] generation<typename Block::scalar> generate_speculatively(const Embed& embed, const adaptive_depth<Block, Norm>& model, const detail::memory_of<Block>& m,
-                                                                        std::span<const std::vector<token_t>> prompts, index_t draft_exit, index_t drafts,
-                                                                        index_t max_steps, token_t end, const context& ctx = {}) {
+[[nodiscard]] generation<typename Block::scalar> generate_speculatively(const Embed& embed, const adaptive_depth<Block, Norm>& model,
+                                                                        const detail::memory_of<Block>& m,
+                                                                        std::span<const std::vector<token_t>> prompts, index_t draft_exit,
+                                                                        index_t drafts, index_t max_steps, token_t end, const context& ctx = {}) {
   using S = typename Block::scalar;
   const auto B = static_cast<index_t>(prompts.size());
   const index_t V = model.answers.classes(), N = model.exits(), D = model.features();
@@ -230,12 +232,13 @@ template <class Embed, class Block, class Norm>
   return out;
 }
 
-/// Beam search with exits: for each prompt the `beams` best continuations by Σ log p are kept; who ends is scored by Σ log p / length, and the best of those (of what
-/// is left at max_steps, if none has ended) is the result. Every beam has exits of its own. Throws config_error unless beams >= 1, and as `adaptive_step` does.
+/// Beam search with exits: for each prompt the `beams` best continuations by Σ log p are kept; who ends is scored by Σ log p / length, and the best
+/// of those (of what is left at max_steps, if none has ended) is the result. Every beam has exits of its own. Throws config_error unless beams >= 1,
+/// and as `adaptive_step` does.
 template <class Embed, class Block, class Norm>
-[[nodiscard]] generation<typename Block::scalar> generate_by_beams(const Embed& embed, const adaptive_depth<Block, Norm>& model, const detail::memory_of<Block>& m,
-                                                                   std::span<const std::vector<token_t>> prompts, index_t beams, const generation_config& config,
-                                                                   const context& ctx = {}) {
+[[nodiscard]] generation<typename Block::scalar> generate_by_beams(const Embed& embed, const adaptive_depth<Block, Norm>& model,
+                                                                   const detail::memory_of<Block>& m, std::span<const std::vector<token_t>> prompts,
+                                                                   index_t beams, const generation_config& config, const context& ctx = {}) {
   using S = typename Block::scalar;
   require<config_error>(beams >= 1, "generate_by_beams: expected at least 1 beam, got ", beams);
   const auto B = static_cast<index_t>(prompts.size());
@@ -296,9 +299,12 @@ template <class Embed, class Block, class Norm>
         const S largest = row.maxCoeff();
         const double log_sum = std::log(static_cast<double>((row - largest).exp().sum())) + static_cast<double>(largest);
         for (index_t v = 0; v < V; ++v)
-          candidates.push_back({live[static_cast<std::size_t>(b * beams + k)].score + static_cast<double>(row[v]) - log_sum, k, static_cast<token_t>(v)});
+          candidates.push_back(
+              {live[static_cast<std::size_t>(b * beams + k)].score + static_cast<double>(row[v]) - log_sum, k, static_cast<token_t>(v)});
       }
-      const auto better = [](const candidate& p, const candidate& q) { return p.score != q.score ? p.score > q.score : p.beam != q.beam ? p.beam < q.beam : p.token < q.token; };
+      const auto better = [](const candidate& p, const candidate& q) {
+        return p.score != q.score ? p.score > q.score : p.beam != q.beam ? p.beam < q.beam : p.token < q.token;
+      };
       const auto wanted = std::min(candidates.size(), static_cast<std::size_t>(2 * beams));
       std::partial_sort(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(wanted), candidates.end(), better);
       index_t taken = 0;
@@ -334,8 +340,8 @@ template <class Embed, class Block, class Norm>
 
 /// The paper's count of floating-point operations (arXiv 1910.10073, appendix): what one token costs at exit n of N.
 struct decoder_flops {
-  double width = 0, inner = 0, length = 0;         ///< d, d_f, and the tokens it sees
-  double memory_length = 0, memory_width = 0;      ///< |x| and d_e; 0 without cross-attention
+  double width = 0, inner = 0, length = 0;     ///< d, d_f, and the tokens it sees
+  double memory_length = 0, memory_width = 0;  ///< |x| and d_e; 0 without cross-attention
   double classes = 0;
 
   /// 12 d² + 4 d_f d + 4 t d + 4 |x| d.
@@ -350,13 +356,17 @@ struct decoder_flops {
     const double blocks = left * block() + (all - left) * skipped();
     switch (kind) {
       case exit_confidence::fixed:
-      case exit_confidence::state: return blocks + 2 * classes * width;
-      case exit_confidence::multinomial: return blocks + 2 * all * width + 2 * classes * width;
+      case exit_confidence::state:
+        return blocks + 2 * classes * width;
+      case exit_confidence::multinomial:
+        return blocks + 2 * all * width + 2 * classes * width;
       case exit_confidence::geometric:
-      case exit_confidence::meta: return blocks + 2 * width * left + 2 * classes * width;
+      case exit_confidence::meta:
+        return blocks + 2 * width * left + 2 * classes * width;
       case exit_confidence::max_prob:
       case exit_confidence::softmax_diff:
-      case exit_confidence::entropy: return blocks + 2 * left * classes * width;
+      case exit_confidence::entropy:
+        return blocks + 2 * left * classes * width;
     }
     return blocks;
   }

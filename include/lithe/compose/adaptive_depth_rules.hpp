@@ -22,15 +22,18 @@ enum class exit_confidence {
   meta           ///< σ of the model's meta head (the same)
 };
 
-/// How a threshold λ falls with the output position t (arXiv 2207.07061, section 3.4): paper clip(0.9 λ + 0.1 exp(-temperature t / T_max), 0, 1), t5x (its
-/// public code) 0.9 λ + 0.1 λ exp(-temperature t / T_max).
+/// How a threshold λ falls with the output position t (arXiv 2207.07061, section 3.4): paper clip(0.9 λ + 0.1 exp(-temperature t / T_max), 0, 1), t5x
+/// (its public code) 0.9 λ + 0.1 λ exp(-temperature t / T_max).
 enum class threshold_decay { none, paper, t5x };
 [[nodiscard]] inline double decayed_threshold(threshold_decay form, double threshold, double temperature, index_t t, index_t longest) {
   const double left = std::exp(-temperature * static_cast<double>(t) / static_cast<double>(std::max<index_t>(1, longest)));
   switch (form) {
-    case threshold_decay::none: return threshold;
-    case threshold_decay::paper: return std::clamp(0.9 * threshold + 0.1 * left, 0.0, 1.0);
-    case threshold_decay::t5x: return 0.9 * threshold + 0.1 * threshold * left;
+    case threshold_decay::none:
+      return threshold;
+    case threshold_decay::paper:
+      return std::clamp(0.9 * threshold + 0.1 * left, 0.0, 1.0);
+    case threshold_decay::t5x:
+      return 0.9 * threshold + 0.1 * threshold * left;
   }
   return threshold;
 }
@@ -42,22 +45,22 @@ struct exit_rule {
   std::vector<double> thresholds{0.5};  ///< one for all exits, or N - 1
   bool strict = false;                  ///< confidence > threshold instead of >=
   threshold_decay decay = threshold_decay::none;
-  double temperature = 4;               ///< of the decay
-  index_t longest = 1;                  ///< T_max of the decay
-  index_t first = 1, interval = 1;      ///< exits are allowed at first, first + interval, ..., and N
-  bool whole_batch = false;             ///< the rows of a step leave together, once all of them would
-  bool eager = false;                   ///< keys and values of skipped blocks at once, instead of when somebody needs them
-  std::vector<std::int32_t> exits{};    ///< fixed: of each slot, or one for all; empty: N
+  double temperature = 4;             ///< of the decay
+  index_t longest = 1;                ///< T_max of the decay
+  index_t first = 1, interval = 1;    ///< exits are allowed at first, first + interval, ..., and N
+  bool whole_batch = false;           ///< the rows of a step leave together, once all of them would
+  bool eager = false;                 ///< keys and values of skipped blocks at once, instead of when somebody needs them
+  std::vector<std::int32_t> exits{};  ///< fixed: of each slot, or one for all; empty: N
 
   /// Throws config_error unless the rule fits a model of N exits.
   void check(index_t N) const {
-    require<config_error>(thresholds.size() == 1 || static_cast<index_t>(thresholds.size()) == N - 1, "exit_rule: expected 1 threshold or ", N - 1, ", got ",
-                          thresholds.size());
+    require<config_error>(thresholds.size() == 1 || static_cast<index_t>(thresholds.size()) == N - 1, "exit_rule: expected 1 threshold or ", N - 1,
+                          ", got ", thresholds.size());
     for (const double t : thresholds) require<config_error>(!std::isnan(t), "exit_rule: a threshold is not a number");
-    require<config_error>(first >= 1 && first <= N && interval >= 1, "exit_rule: expected a first exit from 1 to ", N, " and an interval of at least 1, got ", first,
-                          " and ", interval);
-    require<config_error>(longest >= 1 && std::isfinite(temperature), "exit_rule: expected a longest output of at least 1 and a finite temperature, got ", longest,
-                          " and ", temperature);
+    require<config_error>(first >= 1 && first <= N && interval >= 1, "exit_rule: expected a first exit from 1 to ", N,
+                          " and an interval of at least 1, got ", first, " and ", interval);
+    require<config_error>(longest >= 1 && std::isfinite(temperature),
+                          "exit_rule: expected a longest output of at least 1 and a finite temperature, got ", longest, " and ", temperature);
     for (const auto n : exits) require<config_error>(n >= 1 && n <= N, "exit_rule: expected exits from 1 to ", N, ", got ", n);
   }
   [[nodiscard]] bool allowed(index_t n) const { return n >= first && (n - first) % interval == 0 && (kind != exit_confidence::state || n >= 2); }

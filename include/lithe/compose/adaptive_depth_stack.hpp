@@ -26,15 +26,17 @@ using memory_gradient_of = std::conditional_t<reads_memory<B>, matrix_view<typen
 
 // A block's calls, with or without a memory.
 template <class B, class... R>
-void block_forward(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, matrix_view<typename B::scalar> y, const context& ctx, R&... record) {
+void block_forward(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, matrix_view<typename B::scalar> y, const context& ctx,
+                   R&... record) {
   if constexpr (reads_memory<B>)
     b.forward(x, m, y, record..., ctx);
   else
     b.forward(x, y, record..., ctx);
 }
 template <class B>
-void block_backward(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, const record_of<B>& r, matrix_view<const typename B::scalar> dy,
-                    matrix_view<typename B::scalar> dx, const memory_gradient_of<B>& dm, gradient_of<B>& g, const context& ctx) {
+void block_backward(const B& b, matrix_view<const typename B::scalar> x, const memory_of<B>& m, const record_of<B>& r,
+                    matrix_view<const typename B::scalar> dy, matrix_view<typename B::scalar> dx, const memory_gradient_of<B>& dm, gradient_of<B>& g,
+                    const context& ctx) {
   if constexpr (reads_memory<B>)
     b.backward(x, m, r, dy, dx, dm, g, ctx);
   else
@@ -48,8 +50,9 @@ void block_backward(const B& b, matrix_view<const typename B::scalar> x, const m
 /// serve at every depth (`depth` of them; Universal Transformer, arXiv 1807.03819).
 ///
 /// Skipped tokens: a token that takes no part in block n copies its state, h_jⁿ = h_jⁿ⁻¹, while the others still see the keys and values that
-/// block n itself makes of that state. So go mixed training (`forward_mixed`; section 3.2: token j is skipped by the blocks above its exit n_j) and stochastic
-/// depth (`drop_rates`; arXiv 2404.16710, section 4.1: under ctx.train each sequence skips block n with probability drop_rates[n-1], without rescaling).
+/// block n itself makes of that state. So go mixed training (`forward_mixed`; section 3.2: token j is skipped by the blocks above its exit n_j) and
+/// stochastic depth (`drop_rates`; arXiv 2404.16710, section 4.1: under ctx.train each sequence skips block n with probability drop_rates[n-1],
+/// without rescaling).
 ///
 /// Blocks that need a memory (`decoder_block`) make it a `conditioned_layer`. Throws config_error, shape_error, state_error.
 template <class B>
@@ -63,16 +66,16 @@ struct adaptive_stack {
   static constexpr bool looks_across = true;
   struct record {
     std::vector<record_of<B>> blocks;
-    matrix<S> states;                          // h¹ .. h^{N-1}
+    matrix<S> states;                         // h¹ .. h^{N-1}
     kept<std::vector<std::uint8_t>> skipped;  // [N x T], or empty
   };
   struct gradient {
     std::vector<gradient_of<B>> blocks;
   };
 
-  std::vector<B> blocks;               ///< N, or the one that is tied
-  index_t depth = 0;                   ///< N, if one block is tied; 0: as many as there are blocks
-  std::vector<double> drop_rates;      ///< N numbers, or none; changed between steps (see `layer_drop_rates`)
+  std::vector<B> blocks;                ///< N, or the one that is tied
+  index_t depth = 0;                    ///< N, if one block is tied; 0: as many as there are blocks
+  std::vector<double> drop_rates;       ///< N numbers, or none; changed between steps (see `layer_drop_rates`)
   std::vector<double> gradient_scales;  ///< N numbers gₙ, or none: backward multiplies what block n sends down to hⁿ⁻¹ by 1 / gₙ
 
   [[nodiscard]] index_t exits() const { return depth > 0 ? depth : static_cast<index_t>(blocks.size()); }
@@ -81,11 +84,13 @@ struct adaptive_stack {
 
   void prepare(gradient& g) const { g.blocks.resize(blocks.size()); }
   shape output_shape(matrix_view<const S> x) const {
-    require<config_error>(!blocks.empty() && (depth == 0 || blocks.size() == 1), "adaptive_stack: expected at least 1 block, and exactly 1 if it is tied, got ",
-                          blocks.size(), " with a tied depth of ", depth);
+    require<config_error>(!blocks.empty() && (depth == 0 || blocks.size() == 1),
+                          "adaptive_stack: expected at least 1 block, and exactly 1 if it is tied, got ", blocks.size(), " with a tied depth of ",
+                          depth);
     for (const auto* rates : {&drop_rates, &gradient_scales})
-      require<config_error>(rates->empty() || static_cast<index_t>(rates->size()) == exits(), "adaptive_stack: expected a drop rate and a gradient scale for each of ",
-                            exits(), " blocks or none, got ", rates->size());
+      require<config_error>(rates->empty() || static_cast<index_t>(rates->size()) == exits(),
+                            "adaptive_stack: expected a drop rate and a gradient scale for each of ", exits(), " blocks or none, got ",
+                            rates->size());
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       const shape s = blocks[i].output_shape(x);
       require<shape_error>(s == shape{x.rows(), x.cols()}, "adaptive_stack: block ", i + 1, " turns ", to_text(x.rows(), x.cols()), " into ",
@@ -98,7 +103,8 @@ struct adaptive_stack {
     check(x, y);
     std::vector<std::uint8_t> skipped;
     draw(x.rows(), skipped, ctx);
-    through(x, y, skipped, [&](index_t n, matrix_view<const S> in, matrix_view<S> out) { detail::block_forward(block(n), in, m, out, child(n, ctx)); });
+    through(x, y, skipped,
+            [&](index_t n, matrix_view<const S> in, matrix_view<S> out) { detail::block_forward(block(n), in, m, out, child(n, ctx)); });
   }
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> y, record& r, const context& ctx) const {
     check(x, y);
@@ -106,10 +112,12 @@ struct adaptive_stack {
     keep(x, m, y, r, ctx);
   }
   /// Mixed training: one exit for each token, from 1 to N. h^N of each token is then the state it left with. Throws config_error for another exit.
-  void forward_mixed(matrix_view<const S> x, const memory& m, std::span<const std::int32_t> token_exits, matrix_view<S> y, record& r, const context& ctx) const {
+  void forward_mixed(matrix_view<const S> x, const memory& m, std::span<const std::int32_t> token_exits, matrix_view<S> y, record& r,
+                     const context& ctx) const {
     check(x, y);
     const index_t T = x.rows(), N = exits();
-    require<shape_error>(static_cast<index_t>(token_exits.size()) == T, "adaptive_stack: expected an exit for each of ", T, " tokens, got ", token_exits.size());
+    require<shape_error>(static_cast<index_t>(token_exits.size()) == T, "adaptive_stack: expected an exit for each of ", T, " tokens, got ",
+                         token_exits.size());
     for (const auto n : token_exits) require<config_error>(n >= 1 && n <= N, "adaptive_stack: expected exits from 1 to ", N, ", got ", n);
     r.skipped.value.resize(static_cast<std::size_t>(N * T));
     for (index_t n = 1; n <= N; ++n)
@@ -117,11 +125,12 @@ struct adaptive_stack {
     keep(x, m, y, r, ctx);
   }
   /// dm (if there is a memory) is added to.
-  void backward(matrix_view<const S> x, const memory& m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, const memory_gradient& dm, gradient& g,
-                const context& ctx) const {
+  void backward(matrix_view<const S> x, const memory& m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, const memory_gradient& dm,
+                gradient& g, const context& ctx) const {
     const index_t T = x.rows(), N = exits();
     const std::vector<std::uint8_t>& skipped = r.skipped.value;
-    require<state_error>(static_cast<index_t>(r.blocks.size()) == N && r.states.rows() == (N - 1) * T, "adaptive_stack: the record is of another call");
+    require<state_error>(static_cast<index_t>(r.blocks.size()) == N && r.states.rows() == (N - 1) * T,
+                         "adaptive_stack: the record is of another call");
     require_shape("adaptive_stack", "dy", dy, N * T, x.cols());
     const scratch<S> d(ctx, T, x.cols()), active(ctx, skipped.empty() ? 0 : T, x.cols());
     copy<S>(dy.slice_rows((N - 1) * T, T), d, ctx);
@@ -147,19 +156,12 @@ struct adaptive_stack {
   }
 
   // The layer concept, for blocks without a memory.
-  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const
-    requires(!reads_memory)
-  {
-    forward(x, nothing{}, y, ctx);
-  }
-  void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const
-    requires(!reads_memory)
-  {
+  void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const requires(!reads_memory) { forward(x, nothing{}, y, ctx); }
+  void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const requires(!reads_memory) {
     forward(x, nothing{}, y, r, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const
-    requires(!reads_memory)
-  {
+      requires(!reads_memory) {
     backward(x, nothing{}, r, dy, dx, nothing{}, g, ctx);
   }
 

@@ -31,7 +31,8 @@ template <class S>
 /// Forgets everything; from now on slot s reads sequence source[s] of a memory. Throws index_error for a sequence that is not there.
 template <class S>
 void start_cross_cache(const cross_attention<S>& l, memory_view<S> m, std::span<const index_t> source, cross_cache<S>& c) {
-  require<shape_error>(source.size() == c.source.size(), "cross_cache: expected the source of each of ", c.source.size(), " slots, got ", source.size());
+  require<shape_error>(source.size() == c.source.size(), "cross_cache: expected the source of each of ", c.source.size(), " slots, got ",
+                       source.size());
   m.rows.check("cross_cache", m.x.rows());
   for (const index_t s : source)
     require<index_error>(s >= 0 && s < m.rows.count(), "cross_cache: expected a source below ", m.rows.count(), ", got ", s);

@@ -28,15 +28,17 @@ struct encoder_exit_rule {
 
   /// Throws config_error unless the rule fits an encoder of N exits.
   void check(index_t N) const {
-    require<config_error>(thresholds.size() == 1 || static_cast<index_t>(thresholds.size()) == N - 1, "encoder_exit_rule: expected 1 threshold or ", N - 1, ", got ",
-                          thresholds.size());
+    require<config_error>(thresholds.size() == 1 || static_cast<index_t>(thresholds.size()) == N - 1, "encoder_exit_rule: expected 1 threshold or ",
+                          N - 1, ", got ", thresholds.size());
     for (const double t : thresholds) require<config_error>(!std::isnan(t), "encoder_exit_rule: a threshold is not a number");
-    require<config_error>(patience >= 0 && difference >= 0, "encoder_exit_rule: expected a patience and a difference of at least 0, got ", patience, " and ", difference);
+    require<config_error>(patience >= 0 && difference >= 0, "encoder_exit_rule: expected a patience and a difference of at least 0, got ", patience,
+                          " and ", difference);
   }
 };
 
-/// An encoder that may classify each sequence after any block, from its first row: pooledⁿ = tanh(W_p h₀ⁿ + b_p), logitsⁿ = W_c pooledⁿ + b_c. Training is on
-/// the answers of all exits (`forward`, `backward` and `aligned_exit_loss` with exit-major rows; PABEE: weights n), inference leaves early (`classify`).
+/// An encoder that may classify each sequence after any block, from its first row: pooledⁿ = tanh(W_p h₀ⁿ + b_p), logitsⁿ = W_c pooledⁿ + b_c.
+/// Training is on the answers of all exits (`forward`, `backward` and `aligned_exit_loss` with exit-major rows; PABEE: weights n), inference leaves
+/// early (`classify`).
 ///
 /// x [R x D] with its sequences in ctx.rows, logits [N B x V]. Throws config_error, shape_error (an empty sequence has no first row).
 template <class Block>
@@ -61,7 +63,8 @@ struct encoder_exits {
     require<config_error>(c.exits == stack.exits(), "encoder_exits: expected as many exits as blocks, ", stack.exits(), ", got ", c.exits);
     for (index_t n = 0; n < (c.shared_pooler ? 1 : c.exits); ++n)
       poolers.emplace_back(linear_config{c.features, c.features}, key.child(static_cast<std::uint64_t>(2 * n)));
-    for (index_t n = 0; n < c.exits; ++n) classifiers.emplace_back(linear_config{c.features, c.classes}, key.child(static_cast<std::uint64_t>(2 * n + 1)));
+    for (index_t n = 0; n < c.exits; ++n)
+      classifiers.emplace_back(linear_config{c.features, c.classes}, key.child(static_cast<std::uint64_t>(2 * n + 1)));
   }
   [[nodiscard]] index_t exits() const { return stack.exits(); }
   [[nodiscard]] index_t classes() const { return classifiers.front().weight.rows(); }
@@ -103,12 +106,15 @@ struct encoder_exits {
 
   /// Inference: each sequence leaves when the rule says so, and those that stay go on as a smaller batch. logits [B x V], exits [B] from 1.
   /// The same for a sequence whatever else is in the batch, up to rounding.
-  void classify(matrix_view<const S> x, matrix_view<S> logits, std::span<std::int32_t> exit_of, const encoder_exit_rule& rule, const context& ctx) const {
+  void classify(matrix_view<const S> x, matrix_view<S> logits, std::span<std::int32_t> exit_of, const encoder_exit_rule& rule,
+                const context& ctx) const {
     const index_t B = check(x, ctx), N = exits(), V = classes();
     rule.check(N);
     require_shape("encoder_exits", "logits", logits, B, V);
-    require<shape_error>(static_cast<index_t>(exit_of.size()) == B, "encoder_exits: expected an exit for each of ", B, " sequences, got ", exit_of.size());
-    const scratch<S> a(ctx, x.rows(), x.cols()), b(ctx, x.rows(), x.cols()), first(ctx, B, x.cols()), pooled(ctx, B, x.cols()), answers(ctx, B, V), before(ctx, B, V);
+    require<shape_error>(static_cast<index_t>(exit_of.size()) == B, "encoder_exits: expected an exit for each of ", B, " sequences, got ",
+                         exit_of.size());
+    const scratch<S> a(ctx, x.rows(), x.cols()), b(ctx, x.rows(), x.cols()), first(ctx, B, x.cols()), pooled(ctx, B, x.cols()), answers(ctx, B, V),
+        before(ctx, B, V);
     const scratch<index_t> offsets(ctx, B + 1), sequence(ctx, B), agreed(ctx, B);
     for (index_t s = 0; s < B; ++s) {
       offsets[s] = ctx.rows.begin(s);
@@ -150,7 +156,8 @@ struct encoder_exits {
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
     f("blocks", s.stack, rest.stack...);
-    for (std::size_t i = 0; i < s.poolers.size(); ++i) f(s.poolers.size() == 1 ? std::string("pooler") : concat("poolers.", i + 1), s.poolers[i], rest.poolers[i]...);
+    for (std::size_t i = 0; i < s.poolers.size(); ++i)
+      f(s.poolers.size() == 1 ? std::string("pooler") : concat("poolers.", i + 1), s.poolers[i], rest.poolers[i]...);
     for (std::size_t i = 0; i < s.classifiers.size(); ++i) f(concat("classifiers.", i + 1), s.classifiers[i], rest.classifiers[i]...);
   }
 

@@ -20,8 +20,8 @@ struct halting_config {
 };
 
 /// The distribution over exits that a model's own states predict (arXiv 1910.10073, section 4.2): x [N T x D] holds the outputs of blocks
-/// 1 .. N one below the other (rows (n-1) T .. n T - 1 are block n's), log_q [T x N]. Geometric: zⁿ = head(hⁿ) for n < N and `stick_breaking`; multinomial:
-/// log softmax(head(h¹)). With one exit log q = 0 and there is no head. Throws config_error, shape_error.
+/// 1 .. N one below the other (rows (n-1) T .. n T - 1 are block n's), log_q [T x N]. Geometric: zⁿ = head(hⁿ) for n < N and `stick_breaking`;
+/// multinomial: log softmax(head(h¹)). With one exit log q = 0 and there is no head. Throws config_error, shape_error.
 template <std::floating_point S>
 struct halting {
   using scalar = S;
@@ -40,10 +40,12 @@ struct halting {
   halting() = default;
   halting(halting_config c, rng_key key) : kind(c.kind), exits(c.exits) {
     require<config_error>(c.exits >= 1, "halting: expected at least 1 exit, got ", c.exits);
-    require<config_error>(!c.per_block || kind == exit_distribution::geometric, "halting: a multinomial distribution has one head, not one for each block");
+    require<config_error>(!c.per_block || kind == exit_distribution::geometric,
+                          "halting: a multinomial distribution has one head, not one for each block");
     const index_t n = exits == 1 ? 0 : c.per_block ? exits - 1 : 1;
     for (index_t i = 0; i < n; ++i)
-      heads.emplace_back(halting_head_config{c.features, geometric() ? 1 : exits, c.hidden_layers, c.activation, c.bias}, key.child(static_cast<std::uint64_t>(i)));
+      heads.emplace_back(halting_head_config{c.features, geometric() ? 1 : exits, c.hidden_layers, c.activation, c.bias},
+                         key.child(static_cast<std::uint64_t>(i)));
   }
   [[nodiscard]] bool geometric() const { return kind == exit_distribution::geometric; }
   /// The head that reads the states of block n, from 1.
@@ -58,18 +60,21 @@ struct halting {
   void forward(matrix_view<const S> x, matrix_view<S> log_q, const context& ctx) const {
     const index_t T = checked(x, log_q);
     const scratch<S> z(ctx, geometric() ? exits - 1 : 0, T);
-    run(x, z.view(), log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, ctx); }, ctx);
+    run(
+        x, z.view(), log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, ctx); }, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> log_q, record& r, const context& ctx) const {
     const index_t T = checked(x, log_q);
     r.heads.resize(heads.size());
     geometric() ? r.signals.resize(exits - 1, T) : r.signals.resize(T, exits);
-    run(x, r.signals, log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, r.heads[i], ctx); }, ctx);
+    run(
+        x, r.signals, log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, r.heads[i], ctx); }, ctx);
     if (!geometric()) r.signals = log_q.map();
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlog_q, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t T = checked(x, dlog_q);
-    require<state_error>(r.signals.rows() == (geometric() ? exits - 1 : T) && r.heads.size() == heads.size(), "halting: the record is of another call");
+    require<state_error>(r.signals.rows() == (geometric() ? exits - 1 : T) && r.heads.size() == heads.size(),
+                         "halting: the record is of another call");
     dx.map().setZero();
     if (heads.empty()) return;
     const scratch<S> dz(ctx, T, exits);

@@ -14,8 +14,8 @@ struct halting_head_config {
   double bias = 0;  ///< where the output's bias starts; below 0, stick-breaking exits start deeper
 };
 
-/// A predictor of halting signals: z = W_o u_L + b_o with u_i = a(W_i u_{i-1} + b_i), u_0 = x. x [T x features], z [T x outputs]. Without hidden layers it
-/// is a linear map (arXiv 1910.10073); with them, the multi-layer predictor of its author's public code (attn2d).
+/// A predictor of halting signals: z = W_o u_L + b_o with u_i = a(W_i u_{i-1} + b_i), u_0 = x. x [T x features], z [T x outputs]. Without hidden
+/// layers it is a linear map (arXiv 1910.10073); with them, the multi-layer predictor of its author's public code (attn2d).
 ///
 /// Weights start Xavier-uniform, biases at 0. Throws config_error, shape_error.
 template <std::floating_point S>
@@ -103,9 +103,15 @@ struct halting_head {
     for (index_t t = 0; t < u.rows(); ++t) {
       auto row = u.row_array(t);
       switch (kind) {
-        case halting_activation::tanh: row = row.tanh(); break;
-        case halting_activation::relu: row = (row < S(0)).select(S(0), row); break;
-        case halting_activation::sigmoid: row = row.unaryExpr([](S v) { return sigmoid(v); }); break;
+        case halting_activation::tanh:
+          row = row.tanh();
+          break;
+        case halting_activation::relu:
+          row = (row < S(0)).select(S(0), row);
+          break;
+        case halting_activation::sigmoid:
+          row = row.unaryExpr([](S v) { return sigmoid(v); });
+          break;
       }
     }
   }
@@ -116,9 +122,15 @@ struct halting_head {
       const auto d = dy.row_array(t);
       auto out = du.row_array(t);
       switch (kind) {
-        case halting_activation::tanh: out = d * (S(1) - u.square()); break;
-        case halting_activation::relu: out = (u > S(0)).select(d, S(0)); break;
-        case halting_activation::sigmoid: out = d * u * (S(1) - u); break;
+        case halting_activation::tanh:
+          out = d * (S(1) - u.square());
+          break;
+        case halting_activation::relu:
+          out = (u > S(0)).select(d, S(0));
+          break;
+        case halting_activation::sigmoid:
+          out = d * u * (S(1) - u);
+          break;
       }
     }
   }

@@ -14,8 +14,9 @@ namespace lithe::inline LITHE_ABI {
 
 /// p-value of the hypothesis that the expected loss exceeds δ, from the mean of n losses in [0, 1].
 enum class risk_bound {
-  hoeffding_bentkus,  ///< min(exp(-n h₁(min(E, δ), δ)), e P[Bin(n, δ) <= ⌈n E⌉]), h₁(a, b) = a ln(a/b) + (1-a) ln((1-a)/(1-b)) (arXiv 2110.01052, section 3)
-  hoeffding           ///< exp(-2 n max(0, δ - E)²)
+  hoeffding_bentkus,  ///< min(exp(-n h₁(min(E, δ), δ)), e P[Bin(n, δ) <= ⌈n E⌉]), h₁(a, b) = a ln(a/b) + (1-a) ln((1-a)/(1-b)) (arXiv 2110.01052,
+                      ///< section 3)
+  hoeffding  ///< exp(-2 n max(0, δ - E)²)
 };
 
 namespace detail {
@@ -52,7 +53,7 @@ inline double binomial_cdf(index_t k, index_t n, double p) {
 }
 
 struct calibration_config {
-  double delta = 0.1;    ///< tolerated risk
+  double delta = 0.1;     ///< tolerated risk
   double epsilon = 0.05;  ///< allowed probability that the risk is larger nevertheless
   risk_bound bound = risk_bound::hoeffding_bentkus;
 };
@@ -75,8 +76,8 @@ struct calibration_result {
 
 /// The loss of `risk` control: max(0, R(early) - R(full)); both as long as the result. Clipping to [0, 1] is `calibrate`'s.
 inline void excess_risk(std::span<const double> early, std::span<const double> full, std::span<double> loss) {
-  require<shape_error>(early.size() == full.size() && loss.size() == full.size(), "excess_risk: expected as many early as full risks, got ", early.size(),
-                       " and ", full.size());
+  require<shape_error>(early.size() == full.size() && loss.size() == full.size(), "excess_risk: expected as many early as full risks, got ",
+                       early.size(), " and ", full.size());
   for (std::size_t i = 0; i < loss.size(); ++i) loss[i] = std::max(0.0, early[i] - full[i]);
 }
 
@@ -85,7 +86,8 @@ inline void excess_risk(std::span<const double> early, std::span<const double> f
 ///
 /// thresholds [G] descending; losses [G x n], clipped to [0, 1] here. Throws config_error for empty or NaN losses, thresholds that do not
 /// descend, δ or ε outside of (0, 1); shape_error.
-[[nodiscard]] inline calibration_result calibrate(std::span<const double> thresholds, matrix_view<const double> losses, const calibration_config& c = {}) {
+[[nodiscard]] inline calibration_result calibrate(std::span<const double> thresholds, matrix_view<const double> losses,
+                                                  const calibration_config& c = {}) {
   require<config_error>(c.epsilon > 0 && c.epsilon < 1, "calibrate: expected a level epsilon between 0 and 1, got ", c.epsilon);
   require<config_error>(losses.size() > 0, "calibrate: expected losses of at least 1 sequence, got none");
   require<shape_error>(static_cast<index_t>(thresholds.size()) == losses.rows(), "calibrate: expected losses for each of ", thresholds.size(),
@@ -94,7 +96,8 @@ inline void excess_risk(std::span<const double> early, std::span<const double> f
   bool open = true;
   for (index_t g = 0; g < losses.rows(); ++g) {
     const double threshold = thresholds[static_cast<std::size_t>(g)];
-    require<config_error>(g == 0 || threshold < thresholds[static_cast<std::size_t>(g - 1)], "calibrate: expected descending thresholds, got ", threshold);
+    require<config_error>(g == 0 || threshold < thresholds[static_cast<std::size_t>(g - 1)], "calibrate: expected descending thresholds, got ",
+                          threshold);
     double sum = 0;
     for (index_t i = 0; i < losses.cols(); ++i) {
       require<config_error>(!std::isnan(losses(g, i)), "calibrate: the loss of sequence ", i, " is not a number");
@@ -116,13 +119,14 @@ struct threshold_point {
   double quality = 0, cost = 0;
 };
 
-/// Thresholds by random search (arXiv 1910.10073, section 4.3): draws τ from U(0, 1)^{N-1}, lets `judge` fill in quality and cost (the mean exit, say),
-/// and keeps the best quality in each of `bins` equal stretches of cost between `least` and `most`; empty stretches are left out. A pure
+/// Thresholds by random search (arXiv 1910.10073, section 4.3): draws τ from U(0, 1)^{N-1}, lets `judge` fill in quality and cost (the mean exit,
+/// say), and keeps the best quality in each of `bins` equal stretches of cost between `least` and `most`; empty stretches are left out. A pure
 /// function of the key and of what `judge` says.
-[[nodiscard]] inline std::vector<threshold_point> search_thresholds(index_t exits, index_t draws, index_t bins, double least, double most, rng_key key,
-                                                                    function_ref<void(threshold_point&)> judge) {
-  require<config_error>(exits >= 2 && draws >= 1 && bins >= 1 && least < most, "search_thresholds: expected at least 2 exits, 1 draw, 1 bin and a range of costs, got ",
-                        exits, ", ", draws, ", ", bins, " and ", least, " .. ", most);
+[[nodiscard]] inline std::vector<threshold_point> search_thresholds(index_t exits, index_t draws, index_t bins, double least, double most,
+                                                                    rng_key key, function_ref<void(threshold_point&)> judge) {
+  require<config_error>(exits >= 2 && draws >= 1 && bins >= 1 && least < most,
+                        "search_thresholds: expected at least 2 exits, 1 draw, 1 bin and a range of costs, got ", exits, ", ", draws, ", ", bins,
+                        " and ", least, " .. ", most);
   std::vector<threshold_point> best(static_cast<std::size_t>(bins));
   for (index_t d = 0; d < draws; ++d) {
     threshold_point p;

@@ -13,11 +13,21 @@ enum class exit_weighting { uniform, linear, root, inverse, inverse_root };
   for (index_t n = 1; n <= exits; ++n) {
     const auto x = static_cast<double>(n);
     switch (kind) {
-      case exit_weighting::uniform: w.push_back(1); break;
-      case exit_weighting::linear: w.push_back(x); break;
-      case exit_weighting::root: w.push_back(std::sqrt(x)); break;
-      case exit_weighting::inverse: w.push_back(1 / x); break;
-      case exit_weighting::inverse_root: w.push_back(1 / std::sqrt(x)); break;
+      case exit_weighting::uniform:
+        w.push_back(1);
+        break;
+      case exit_weighting::linear:
+        w.push_back(x);
+        break;
+      case exit_weighting::root:
+        w.push_back(std::sqrt(x));
+        break;
+      case exit_weighting::inverse:
+        w.push_back(1 / x);
+        break;
+      case exit_weighting::inverse_root:
+        w.push_back(1 / std::sqrt(x));
+        break;
     }
   }
   return w;
@@ -40,9 +50,9 @@ inline std::vector<double> shares_of(const char* who, std::span<const double> we
 
 }  // namespace detail
 
-/// The loss of anytime prediction (arXiv 1910.10073, equation 2): -(1/Σ w) Σₙ wₙ Σₜ log softmax(logitsⁿ)ₜ[y_t], over the targets that count, summed or
-/// averaged over them. logits [N T x V], exit n's rows below those of exit n - 1; dlogits of the same shape is overwritten, may be the logits,
-/// and may be empty. With equal weights it is also the loss of M passes of mixed training.
+/// The loss of anytime prediction (arXiv 1910.10073, equation 2): -(1/Σ w) Σₙ wₙ Σₜ log softmax(logitsⁿ)ₜ[y_t], over the targets that count, summed
+/// or averaged over them. logits [N T x V], exit n's rows below those of exit n - 1; dlogits of the same shape is overwritten, may be the logits, and
+/// may be empty. With equal weights it is also the loss of M passes of mixed training.
 ///
 /// Throws as `cross_entropy` does, and config_error for weights below 0 or all 0.
 template <class S>
@@ -50,7 +60,8 @@ loss_result aligned_exit_loss(matrix_view<const S> logits, std::span<const token
                               token_t ignore_index, matrix_view<S> dlogits, const context& ctx = {}) {
   const auto T = static_cast<index_t>(targets.size()), N = static_cast<index_t>(weights.size());
   const auto shares = detail::shares_of("aligned_exit_loss", weights);
-  require<shape_error>(logits.rows() == N * T, "aligned_exit_loss: expected the logits of ", T, " tokens for each of ", N, " exits, got ", logits.rows(), " rows");
+  require<shape_error>(logits.rows() == N * T, "aligned_exit_loss: expected the logits of ", T, " tokens for each of ", N, " exits, got ",
+                       logits.rows(), " rows");
   if (dlogits.data() != nullptr) require_shape("aligned_exit_loss", "dlogits", dlogits, logits.rows(), logits.cols());
   const cross_entropy_options o{.ignore_index = ignore_index, .reduce = reduce};
   const index_t counted = detail::count_targets("aligned_exit_loss", targets, T, logits.cols(), o);
@@ -67,12 +78,13 @@ loss_result aligned_exit_loss(matrix_view<const S> logits, std::span<const token
 }
 
 /// Cross entropy between oracle exits and an exit distribution: α Σₜ -log q_t(exits[t]), summed or averaged over the tokens (sequences) that have a
-/// label; 0 is none. log_q [T x N] from `halting` or `sequence_halting`; dlog_q is overwritten. Throws config_error for α below 0, index_error for an exit
-/// above N, shape_error.
+/// label; 0 is none. log_q [T x N] from `halting` or `sequence_halting`; dlog_q is overwritten. Throws config_error for α below 0, index_error for an
+/// exit above N, shape_error.
 template <class S>
 loss_result exit_loss(matrix_view<const S> log_q, std::span<const std::int32_t> exits, double alpha, reduction reduce, matrix_view<S> dlog_q) {
   require<config_error>(alpha >= 0 && std::isfinite(alpha), "exit_loss: expected a weight alpha of at least 0, got ", alpha);
-  require<shape_error>(static_cast<index_t>(exits.size()) == log_q.rows(), "exit_loss: expected an exit for each of ", log_q.rows(), " rows, got ", exits.size());
+  require<shape_error>(static_cast<index_t>(exits.size()) == log_q.rows(), "exit_loss: expected an exit for each of ", log_q.rows(), " rows, got ",
+                       exits.size());
   if (dlog_q.data() != nullptr) require_shape("exit_loss", "dlog_q", dlog_q, log_q.rows(), log_q.cols());
   index_t counted = 0;
   for (const auto n : exits) {
@@ -117,7 +129,8 @@ loss_result soft_exit_loss(matrix_view<const S> log_q, matrix_view<const S> targ
 /// predicts. logits [N T x V]; consistent [N-1 x T].
 template <class S>
 void meta_targets(matrix_view<const S> logits, index_t exits, matrix_view<S> consistent, const context& ctx = {}) {
-  require<shape_error>(exits >= 1 && logits.rows() % exits == 0, "meta_targets: expected the logits of ", exits, " exits, got ", logits.rows(), " rows");
+  require<shape_error>(exits >= 1 && logits.rows() % exits == 0, "meta_targets: expected the logits of ", exits, " exits, got ", logits.rows(),
+                       " rows");
   const index_t T = logits.rows() / exits;
   require_shape("meta_targets", "targets", consistent, exits - 1, T);
   const auto predicted = [&](index_t row) { return std::max_element(logits.row(row), logits.row(row) + logits.cols()) - logits.row(row); };
@@ -129,8 +142,8 @@ void meta_targets(matrix_view<const S> logits, index_t exits, matrix_view<S> con
   });
 }
 
-/// Binary cross entropy of the meta confidence (the same section): Σₜ 1/(N-1) Σ_{n<N} H(consistent, σ(zₜⁿ)), summed or averaged over tokens. z, targets and dz
-/// [N-1 x T]; dz = (σ(z) - target) / (N - 1), overwritten, may be empty.
+/// Binary cross entropy of the meta confidence (the same section): Σₜ 1/(N-1) Σ_{n<N} H(consistent, σ(zₜⁿ)), summed or averaged over tokens. z,
+/// targets and dz [N-1 x T]; dz = (σ(z) - target) / (N - 1), overwritten, may be empty.
 template <class S>
 loss_result meta_exit_loss(matrix_view<const S> z, matrix_view<const S> consistent, reduction reduce, matrix_view<S> dz) {
   require_shape("meta_exit_loss", "targets", consistent, z.rows(), z.cols());
@@ -147,11 +160,12 @@ loss_result meta_exit_loss(matrix_view<const S> z, matrix_view<const S> consiste
   return {loss * scale, T};
 }
 
-/// Self-distillation of early answers from the last (arXiv 2004.02178, equation 7): Σ_{n<N} Σₜ KL(p_t^N, p_tⁿ), summed or averaged over rows; the teacher
-/// is constant. logits [N T x V]; dlogitsⁿ = pⁿ - p^N, 0 for n = N, overwritten.
+/// Self-distillation of early answers from the last (arXiv 2004.02178, equation 7): Σ_{n<N} Σₜ KL(p_t^N, p_tⁿ), summed or averaged over rows; the
+/// teacher is constant. logits [N T x V]; dlogitsⁿ = pⁿ - p^N, 0 for n = N, overwritten.
 template <class S>
 loss_result distillation_exit_loss(matrix_view<const S> logits, index_t exits, reduction reduce, matrix_view<S> dlogits, const context& ctx = {}) {
-  require<shape_error>(exits >= 1 && logits.rows() % exits == 0, "distillation_exit_loss: expected the logits of ", exits, " exits, got ", logits.rows(), " rows");
+  require<shape_error>(exits >= 1 && logits.rows() % exits == 0, "distillation_exit_loss: expected the logits of ", exits, " exits, got ",
+                       logits.rows(), " rows");
   require_shape("distillation_exit_loss", "dlogits", dlogits, logits.rows(), logits.cols());
   const index_t T = logits.rows() / exits, last = (exits - 1) * T;
   const double scale = detail::loss_scale(reduce, T);

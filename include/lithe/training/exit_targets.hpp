@@ -16,10 +16,11 @@ struct exit_evidence {
 /// Fills the evidence from the logits [N T x V] of all exits, exit by exit. Throws shape_error, index_error for a target that is neither a class
 /// nor `ignore_index`.
 template <class S>
-void exit_evidence_from(matrix_view<const S> logits, std::span<const token_t> targets, token_t ignore_index, exit_evidence& e, const context& ctx = {}) {
+void exit_evidence_from(matrix_view<const S> logits, std::span<const token_t> targets, token_t ignore_index, exit_evidence& e,
+                        const context& ctx = {}) {
   const auto T = static_cast<index_t>(targets.size());
-  require<shape_error>(T == 0 ? logits.rows() == 0 : logits.rows() % T == 0, "exit_evidence: expected the logits of ", T, " tokens for each exit, got ",
-                       logits.rows(), " rows");
+  require<shape_error>(T == 0 ? logits.rows() == 0 : logits.rows() % T == 0, "exit_evidence: expected the logits of ", T,
+                       " tokens for each exit, got ", logits.rows(), " rows");
   detail::count_targets("exit_evidence", targets, T, logits.cols(), {.ignore_index = ignore_index});
   const index_t N = T == 0 ? 0 : logits.rows() / T;
   e.log_likelihood.resize(T, N);

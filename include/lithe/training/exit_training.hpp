@@ -21,7 +21,7 @@ template <class Model>
 struct exit_training_record {
   using S = typename Model::scalar;
   record_of<Model> model;
-  matrix<S> logits, log_q;         // [N T x V], [T x N]
+  matrix<S> logits, log_q;  // [N T x V], [T x N]
   exit_evidence evidence;
   std::vector<std::int32_t> exits;  // the oracle's, of each token (0: none) or sequence; or the exits of a pass
 };
@@ -32,22 +32,25 @@ struct exit_training_losses {
   double total = 0;              ///< L_dec + α L_exit
 };
 
-/// Aligned training with the exit loss (arXiv 1910.10073, equations 2 and 8): L = L_dec + α L_exit, forward and backward. L_dec is `aligned_exit_loss` on the answers
-/// of all exits; L_exit from `start_step` on the cross entropy between the oracle's exits (or, given, `exits` [T] with 0 for none) and the
-/// model's halting distribution. With an oracle for whole sequences the record's `exits` [B] are its choices, and the loss of the `sequence_halting` that
-/// predicts them is the caller's. x [T x D]; dx is overwritten, dm and g are added to; the record holds the logits' gradient afterwards.
+/// Aligned training with the exit loss (arXiv 1910.10073, equations 2 and 8): L = L_dec + α L_exit, forward and backward. L_dec is
+/// `aligned_exit_loss` on the answers of all exits; L_exit from `start_step` on the cross entropy between the oracle's exits (or, given, `exits` [T]
+/// with 0 for none) and the model's halting distribution. With an oracle for whole sequences the record's `exits` [B] are its choices, and the loss
+/// of the `sequence_halting` that predicts them is the caller's. x [T x D]; dx is overwritten, dm and g are added to; the record holds the logits'
+/// gradient afterwards.
 ///
 /// Throws config_error when there is an α but no halting head, and what its parts throw.
 template <class Model>
 exit_training_losses aligned_exit_step(const Model& model, matrix_view<const typename Model::scalar> x, const typename Model::memory& m,
-                                       std::span<const token_t> targets, const exit_training_config& config, index_t step, exit_training_record<Model>& r,
-                                       matrix_view<typename Model::scalar> dx, const typename Model::memory_gradient& dm, gradient_of<Model>& g,
-                                       const context& ctx, std::span<const std::int32_t> exits = {}) {
+                                       std::span<const token_t> targets, const exit_training_config& config, index_t step,
+                                       exit_training_record<Model>& r, matrix_view<typename Model::scalar> dx,
+                                       const typename Model::memory_gradient& dm, gradient_of<Model>& g, const context& ctx,
+                                       std::span<const std::int32_t> exits = {}) {
   using S = typename Model::scalar;
   const index_t T = x.rows(), N = model.exits();
-  require<config_error>(config.alpha >= 0 && std::isfinite(config.alpha), "aligned_exit_step: expected a weight alpha of at least 0, got ", config.alpha);
-  require<config_error>(config.weights.empty() || static_cast<index_t>(config.weights.size()) == N, "aligned_exit_step: expected a weight for each of ", N,
-                        " exits, got ", config.weights.size());
+  require<config_error>(config.alpha >= 0 && std::isfinite(config.alpha), "aligned_exit_step: expected a weight alpha of at least 0, got ",
+                        config.alpha);
+  require<config_error>(config.weights.empty() || static_cast<index_t>(config.weights.size()) == N,
+                        "aligned_exit_step: expected a weight for each of ", N, " exits, got ", config.weights.size());
   const token_t ignored = config.targets.ignore_index;
   const bool by_token = config.targets.granularity == exit_granularity::token;
   const bool labelled = config.alpha > 0 && step >= config.start_step && N > 1, with_exits = labelled && by_token;
@@ -89,21 +92,21 @@ inline void draw_exits(index_t exits, rng_key key, std::span<std::int32_t> out) 
   for (std::size_t t = 0; t < out.size(); ++t) out[t] = 1 + static_cast<std::int32_t>(uniform(key, t) * static_cast<double>(exits));
 }
 
-/// Mixed training (the same, section 3.2): `passes` forward passes, each with an exit of its own for every token (uniform, drawn from ctx.key, unless `exits` [M T] gives
-/// them), states copied upwards; L_dec = -(1/M) Σ_m Σ_t LL. dx, dm and g as above. `observe(pass, states, logits)`, if given, sees h^N [T x D] and the
-/// answers [T x V] of each pass. Throws config_error for passes below 1.
+/// Mixed training (the same, section 3.2): `passes` forward passes, each with an exit of its own for every token (uniform, drawn from ctx.key, unless
+/// `exits` [M T] gives them), states copied upwards; L_dec = -(1/M) Σ_m Σ_t LL. dx, dm and g as above. `observe(pass, states, logits)`, if given,
+/// sees h^N [T x D] and the answers [T x V] of each pass. Throws config_error for passes below 1.
 template <class Model>
-exit_training_losses mixed_exit_step(const Model& model, matrix_view<const typename Model::scalar> x, const typename Model::memory& m,
-                                     std::span<const token_t> targets, index_t passes, reduction reduce, token_t ignore_index, exit_training_record<Model>& r,
-                                     matrix_view<typename Model::scalar> dx, const typename Model::memory_gradient& dm, gradient_of<Model>& g, const context& ctx,
-                                     std::span<const std::int32_t> exits = {},
-                                     function_ref<void(index_t, matrix_view<const typename Model::scalar>, matrix_view<const typename Model::scalar>)> observe =
-                                         [](index_t, auto, auto) {}) {
+exit_training_losses mixed_exit_step(
+    const Model& model, matrix_view<const typename Model::scalar> x, const typename Model::memory& m, std::span<const token_t> targets,
+    index_t passes, reduction reduce, token_t ignore_index, exit_training_record<Model>& r, matrix_view<typename Model::scalar> dx,
+    const typename Model::memory_gradient& dm, gradient_of<Model>& g, const context& ctx, std::span<const std::int32_t> exits = {},
+    function_ref<void(index_t, matrix_view<const typename Model::scalar>, matrix_view<const typename Model::scalar>)> observe = [](index_t, auto,
+                                                                                                                                   auto) {}) {
   using S = typename Model::scalar;
   const index_t T = x.rows(), N = model.exits();
   require<config_error>(passes >= 1, "mixed_exit_step: expected at least 1 pass, got ", passes);
-  require<shape_error>(exits.empty() || static_cast<index_t>(exits.size()) == passes * T, "mixed_exit_step: expected an exit for each of ", T, " tokens in ", passes,
-                       " passes, got ", exits.size());
+  require<shape_error>(exits.empty() || static_cast<index_t>(exits.size()) == passes * T, "mixed_exit_step: expected an exit for each of ", T,
+                       " tokens in ", passes, " passes, got ", exits.size());
   r.model.states.resize(model.output_shape(x).rows, x.cols());
   r.logits.resize(T, model.answers.classes());
   r.exits.resize(static_cast<std::size_t>(T));
