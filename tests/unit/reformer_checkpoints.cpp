@@ -230,10 +230,10 @@ TEST(reformer_checkpoints, configurations_are_read_with_the_published_defaults) 
   refused("[]", "expected a JSON object, found a JSON array");
   auto c = small();
   c.position_widths = {2, 5};
-  EXPECT_THROW(make_reformer<double>(c, {}), config_error);
+  EXPECT_THROW((void)make_reformer<double>(c, {}), config_error);
   c = small();
   c.rounds = 0;
-  EXPECT_THROW(make_reformer<double>(c, {}), config_error);
+  EXPECT_THROW((void)make_reformer<double>(c, {}), config_error);
 }
 
 TEST(reformer_checkpoints, public_models_have_the_public_numbers_of_parameters) {

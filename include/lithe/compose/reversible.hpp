@@ -126,7 +126,7 @@ struct reversible {
   /// The stream that part I writes; part I + 1 reads it.
   template <std::size_t I, class T>
   static matrix_view<T> stream(matrix_view<T> xy) {
-    return xy.slice_cols(I % 2 * (xy.cols() / 2), xy.cols() / 2);
+    return xy.slice_cols(I % 2 == 0 ? 0 : xy.cols() / 2, xy.cols() / 2);
   }
   static void swap_streams(matrix_view<S> xy, const context& ctx) {
     if (count % 2 == 0) return;
