@@ -43,13 +43,9 @@ model make_model(const task_config& c, index_t rounds) {
       if (rounds == exact) hash.family = lithe::hash_family::constant;
       return lithe::bucket_attention<real>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash}, key.child(0));
     }
-    return lithe::lsh_attention<real>({.inputs = c.features,
-                                       .heads = c.heads,
-                                       .causal = true,
-                                       .hash = hash,
-                                       .chunk = c.chunk,
-                                       .exact_up_to = rounds == exact ? c.length() : 0},
-                                      key.child(0));
+    return lithe::lsh_attention<real>(
+        {.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash, .chunk = c.chunk, .exact_up_to = rounds == exact ? c.length() : 0},
+        key.child(0));
   };
   using lithe::sequential;
   const auto norm = [&] { return lithe::layer_norm<real>(c.features); };
@@ -108,7 +104,8 @@ model train(const task_config& c, index_t rounds, lithe::context ctx) {
   auto gradient = lithe::make_gradient(m);
   model::record record;
   matrix<real> logits;
-  const lithe::learning_rate_schedule schedule{.learning_rate = c.rate, .warmup_steps = std::min(c.warmup, c.steps), .total_steps = c.steps, .final_ratio = 0.02};
+  const lithe::learning_rate_schedule schedule{
+      .learning_rate = c.rate, .warmup_steps = std::min(c.warmup, c.steps), .total_steps = c.steps, .final_ratio = 0.02};
   const bool terminal = isatty(1) != 0;
   const double begin = now();
   ctx.train = true;
@@ -140,8 +137,8 @@ void run(const task_config& c) {
   lithe::context ctx;
   ctx.exec = &exec;
   ctx.work = &work;
-  std::printf("0w0w with |w| = %td of %td symbols; %s attention, %td buckets, %td heads, %td features, %td steps of %td sequences\n", c.word, c.vocabulary,
-              c.attention.c_str(), c.buckets, c.heads, c.features, c.steps, c.batch);
+  std::printf("0w0w with |w| = %td of %td symbols; %s attention, %td buckets, %td heads, %td features, %td steps of %td sequences\n", c.word,
+              c.vocabulary, c.attention.c_str(), c.buckets, c.heads, c.features, c.steps, c.batch);
   std::vector<std::vector<double>> grid;
   for (const index_t trained : c.train_rounds) {
     const model m = train(c, trained, ctx);

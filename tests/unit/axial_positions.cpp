@@ -30,7 +30,8 @@ matrix<double> run(const axial_positions<double>& l, const matrix<double>& x, co
 axial_positions_config grid(offsets shape, offsets widths) { return {.shape = std::move(shape), .widths = std::move(widths)}; }
 
 TEST(axial_positions, equal_a_dense_table_for_any_number_of_axes) {
-  const axial_positions<double> two(grid({3, 4}, {2, 5}), rng_key{1}), wide(grid({1, 12}, {2, 5}), rng_key{1}), tall(grid({12, 1}, {2, 5}), rng_key{1});
+  const axial_positions<double> two(grid({3, 4}, {2, 5}), rng_key{1}), wide(grid({1, 12}, {2, 5}), rng_key{1}),
+      tall(grid({12, 1}, {2, 5}), rng_key{1});
   const matrix<double> x = random(12, 7, 2);
   const matrix<double> y = run(two, x, {}), w = run(wide, x, {}), t = run(tall, x, {});
   for (index_t p = 0; p < 12; ++p)
@@ -178,7 +179,8 @@ TEST(axial_positions, refuses_what_does_not_fit) {
   }
   for (const index_t n : {0, 1}) EXPECT_EQ(run(l, random(n, 7, 1), {}).rows(), n);
   // A grid larger than any index: no overflow.
-  EXPECT_EQ(axial_positions<float>(grid({1 << 20, 1 << 20, 1 << 20, 1 << 20}, {1, 1, 1, 1}), rng_key{1}).positions(), std::numeric_limits<index_t>::max());
+  EXPECT_EQ(axial_positions<float>(grid({1 << 20, 1 << 20, 1 << 20, 1 << 20}, {1, 1, 1, 1}), rng_key{1}).positions(),
+            std::numeric_limits<index_t>::max());
 }
 
 }  // namespace

@@ -15,8 +15,8 @@ struct axial_positions_config {
   double dropout = 0;           ///< of the position embedding, not of x
 };
 
-/// Axial position embeddings (arXiv 2001.04451, section 5; N axes): position p of a token in its sequence, written in mixed radix A_0, A_1, ... with the
-/// last axis fastest, has a digit i_k for each axis, and
+/// Axial position embeddings (arXiv 2001.04451, section 5; N axes): position p of a token in its sequence, written in mixed radix A_0, A_1, ... with
+/// the last axis fastest, has a digit i_k for each axis, and
 ///
 ///     y_t = x_t + dropout(concat_k W_k[i_k(p_t)])
 ///
@@ -39,10 +39,11 @@ struct axial_positions {
 
   axial_positions() = default;
   axial_positions(const axial_positions_config& c, rng_key key) : rate(checked_rate(who, c.dropout)) {
-    require<config_error>(!c.shape.empty() && c.shape.size() == c.widths.size(), who, ": expected a width for each axis of the shape, got ", c.widths.size(),
-                          " widths and ", c.shape.size(), " axes");
+    require<config_error>(!c.shape.empty() && c.shape.size() == c.widths.size(), who, ": expected a width for each axis of the shape, got ",
+                          c.widths.size(), " widths and ", c.shape.size(), " axes");
     for (std::size_t k = 0; k < c.shape.size(); ++k) {
-      require<config_error>(c.shape[k] >= 1 && c.widths[k] >= 1, who, ": expected axes and widths of at least 1, got ", c.shape[k], " and ", c.widths[k]);
+      require<config_error>(c.shape[k] >= 1 && c.widths[k] >= 1, who, ": expected axes and widths of at least 1, got ", c.shape[k], " and ",
+                            c.widths[k]);
       fill_normal<S>(weights.emplace_back(c.shape[k], c.widths[k]), c.deviation, key.child(k));
     }
   }
@@ -166,7 +167,8 @@ struct axial_positions {
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t begin = ctx.rows.begin(s), n = ctx.rows.end(s, T) - begin;
       const index_t start = c == nullptr ? 0 : c->lengths[static_cast<std::size_t>(ctx.slot(s))];
-      require<index_error>(start + n <= positions(), who, ": a sequence of ", start + n, " tokens is longer than the grid of ", positions(), " positions");
+      require<index_error>(start + n <= positions(), who, ": a sequence of ", start + n, " tokens is longer than the grid of ", positions(),
+                           " positions");
       for (index_t i = 0; i < n; ++i) at[static_cast<std::size_t>(begin + i)] = start + i;
     }
   }

@@ -92,7 +92,8 @@ struct bucket_attention {
     const scratch<S> q(ctx, T, A), v(ctx, T, A), scales(ctx, config.heads, T), d_context(ctx, T, A), dq(ctx, T, A), dk(ctx, T, A), dv(ctx, T, A);
     project(x, q.view(), v.view(), scales.view(), ctx);
     output.backward(r.context, {}, dy, d_context, g.output, ctx);
-    windows(ctx).backward(q.view(), v.view(), scales.view(), r.buckets.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(), dv.view(), ctx);
+    windows(ctx).backward(q.view(), v.view(), scales.view(), r.buckets.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(),
+                          dv.view(), ctx);
     ctx.exec->run(T, rows_together, [&](index_t first, index_t last) {
       for (index_t h = 0; h < config.heads; ++h) {
         const auto part = [&](const scratch<S>& m) { return m.view().slice_cols(h * d, d).slice_rows(first, last - first); };
@@ -171,7 +172,8 @@ struct bucket_attention {
     ctx.exec->run(late * config.heads, 1, [&](index_t first, index_t last) {
       for (index_t i = first; i < last; ++i) {
         const index_t n = i / config.heads, h = i % config.heads;
-        attend_cached(c, slot[n], h, position[n], q.view().slice_cols(h * d, d).slice_rows(row[n], 1), v.row(row[n]) + h * d, o.row(row[n]) + h * d, ctx);
+        attend_cached(c, slot[n], h, position[n], q.view().slice_cols(h * d, d).slice_rows(row[n], 1), v.row(row[n]) + h * d, o.row(row[n]) + h * d,
+                      ctx);
       }
     });
     output.forward(o, y, ctx);
@@ -223,8 +225,8 @@ struct bucket_attention {
   static bucket_attention_config resolved(bucket_attention_config c) {
     require<config_error>(c.inputs >= 1 && c.heads >= 1, who, ": expected at least 1 input and 1 head, got ", c.inputs, " and ", c.heads);
     require<config_error>(c.head_width > 0 || (c.head_width == 0 && c.inputs % c.heads == 0), who,
-                          ": expected inputs divisible by heads, or a head_width, got ", c.inputs, " inputs, ", c.heads, " heads and a head_width of ",
-                          c.head_width);
+                          ": expected inputs divisible by heads, or a head_width, got ", c.inputs, " inputs, ", c.heads,
+                          " heads and a head_width of ", c.head_width);
     require<config_error>(c.hash.family == hash_family::constant || !c.hash.buckets.empty(), who,
                           ": expected a number of buckets; one that follows the length would let later tokens change earlier rows");
     if (c.head_width == 0) c.head_width = c.inputs / c.heads;

@@ -15,11 +15,11 @@ struct bucket_mask {
   index_t earlier = 0;                  // rounds before this one
   const bucket_t* query_ids = nullptr;  // [earlier x query_stride]: where the queries were in those
   index_t query_stride = 0;
-  const bucket_t* key_ids = nullptr;    // [earlier x attention_keys]
+  const bucket_t* key_ids = nullptr;  // [earlier x attention_keys]
   double dropout = 0;
   rng_key key{};
-  const position_t* tokens = nullptr;   // of the queries
-  index_t row = 0;                      // of token 0 in this round, among the rows of all rounds
+  const position_t* tokens = nullptr;  // of the queries
+  index_t row = 0;                     // of token 0 in this round, among the rows of all rounds
 
   [[nodiscard]] index_t visible(index_t i) const { return causal ? rank + i : std::numeric_limits<index_t>::max(); }
   void adjust(index_t i, index_t first, index_t n, S* scores) const {
@@ -53,9 +53,9 @@ struct bucket_list {
   [[nodiscard]] index_t bucket(index_t rank) const { return ids[order[rank]]; }
 };
 
-/// All heads and sequences of exact bucket attention: a query sees every key of its sequence that shares a bucket with it in some round. q, v and o are
-/// [T x heads width], head by head; scales [heads x T] make keys of the queries; ids [heads rounds x T], those from `buckets` on are
-/// padding, which sees itself alone.
+/// All heads and sequences of exact bucket attention: a query sees every key of its sequence that shares a bucket with it in some round. q, v and o
+/// are [T x heads width], head by head; scales [heads x T] make keys of the queries; ids [heads rounds x T], those from `buckets` on are padding,
+/// which sees itself alone.
 ///
 /// A token's score with itself is -1e5 whatever its query, so it is where every query starts, and the rounds leave it out.
 template <class S>
@@ -130,7 +130,8 @@ struct bucket_windows {
   void backward(matrix_view<const S> q, matrix_view<const S> v, matrix_view<const S> scales, matrix_view<const bucket_t> ids, matrix_view<const S> o,
                 matrix_view<const S> log_sum_exp, matrix_view<const S> g, matrix_view<S> dq, matrix_view<S> dk, matrix_view<S> dv,
                 const context& ctx) const {
-    const index_t T = q.rows(), padded = key_gradient_tile<S>::query_gradient_width(width), groups = std::clamp<index_t>(8 / std::max<index_t>(1, heads * rows.count()), 1, 4);
+    const index_t T = q.rows(), padded = key_gradient_tile<S>::query_gradient_width(width),
+                  groups = std::clamp<index_t>(8 / std::max<index_t>(1, heads * rows.count()), 1, 4);
     const scratch<S> parts(ctx, groups * T, heads * width), d(ctx, heads, T);
     ctx.exec->run(T, 64, [&](index_t first, index_t last) {
       const index_t n = last - first;
@@ -223,8 +224,8 @@ struct bucket_windows {
     if (dropout > 0) draw_factors(key.child(static_cast<std::uint64_t>(h)), static_cast<std::uint64_t>(rounds * T + t), 0, 1, dropout, &factor);
     return factor;
   }
-  [[nodiscard]] bucket_mask<S> mask(const piece& p, index_t h, index_t round, index_t T, const position_t* tokens, index_t rank, const bucket_t* query_ids,
-                                    index_t query_stride, const bucket_t* key_ids) const {
+  [[nodiscard]] bucket_mask<S> mask(const piece& p, index_t h, index_t round, index_t T, const position_t* tokens, index_t rank,
+                                    const bucket_t* query_ids, index_t query_stride, const bucket_t* key_ids) const {
     return {.causal = causal,
             .rank = rank,
             .earlier = round,

@@ -16,7 +16,8 @@ struct key_value_cache {
   matrix<S> keys, values;  ///< (place, head, token) by row, each filled up to whole packets
 
   key_value_cache() = default;
-  key_value_cache(const char* who, index_t slots, index_t capacity_, index_t heads_, index_t width_) : capacity(capacity_), heads(heads_), width(width_) {
+  key_value_cache(const char* who, index_t slots, index_t capacity_, index_t heads_, index_t width_)
+      : capacity(capacity_), heads(heads_), width(width_) {
     require<config_error>(slots >= 0 && capacity >= 0, who, ": expected a cache of 0 or more slots and tokens, got ", slots, " and ", capacity);
     length.assign(static_cast<std::size_t>(slots), 0);
     place.resize(length.size());

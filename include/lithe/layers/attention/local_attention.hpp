@@ -9,14 +9,14 @@ namespace lithe::inline LITHE_ABI {
 
 struct local_attention_config {
   index_t inputs = 0, heads = 1;
-  index_t head_width = 0;  ///< 0: inputs / heads
-  index_t outputs = 0;     ///< 0: inputs
-  index_t chunk = 64;      ///< tokens
+  index_t head_width = 0;         ///< 0: inputs / heads
+  index_t outputs = 0;            ///< 0: inputs
+  index_t chunk = 64;             ///< tokens
   index_t before = 1, after = 0;  ///< chunks seen beside a query's own
   bool causal = false;
-  bool circular = true;                ///< the first chunk sees the last one, as in the public models; else chunks that are not there are left out
-  empty_row empty = empty_row::mean;   ///< what a query gives all of whose keys are padding or later
-  double dropout = 0;                  ///< of the softmax weights
+  bool circular = true;               ///< the first chunk sees the last one, as in the public models; else chunks that are not there are left out
+  empty_row empty = empty_row::mean;  ///< what a query gives all of whose keys are padding or later
+  double dropout = 0;                 ///< of the softmax weights
 };
 
 /// Local attention (arXiv 2001.04451, the chunked layers of its models; Hugging Face's LocalSelfAttention and its output projection). Each
@@ -26,9 +26,8 @@ struct local_attention_config {
 ///
 /// x [T x inputs], y [T x outputs], no biases. A window that wraps around more chunks than there are holds some of them twice, and each time
 /// counts; a sequence of up to m tokens is one window. Causal: no later position. Rows hidden by context::mask are no keys, but ask like
-/// all others, as in the public models: what they give is finite and means nothing. So padding a sequence on the right to whole chunks, as these models
-/// do, leaves the rows of its tokens as they are.
-/// Throws config_error, shape_error, state_error (a record of another call).
+/// all others, as in the public models: what they give is finite and means nothing. So padding a sequence on the right to whole chunks, as these
+/// models do, leaves the rows of its tokens as they are. Throws config_error, shape_error, state_error (a record of another call).
 template <std::floating_point S>
 struct local_attention {
   using scalar = S;
@@ -149,10 +148,10 @@ struct local_attention {
   static local_attention_config resolved(local_attention_config c) {
     require<config_error>(c.inputs >= 1 && c.heads >= 1, who, ": expected at least 1 input and 1 head, got ", c.inputs, " and ", c.heads);
     require<config_error>(c.head_width > 0 || (c.head_width == 0 && c.inputs % c.heads == 0), who,
-                          ": expected inputs divisible by heads, or a head_width, got ", c.inputs, " inputs, ", c.heads, " heads and a head_width of ",
-                          c.head_width);
-    require<config_error>(c.chunk >= 1 && c.before >= 0 && c.after >= 0, who, ": expected a chunk of at least 1 token, before and after of at least 0, got ",
-                          c.chunk, ", ", c.before, " and ", c.after);
+                          ": expected inputs divisible by heads, or a head_width, got ", c.inputs, " inputs, ", c.heads,
+                          " heads and a head_width of ", c.head_width);
+    require<config_error>(c.chunk >= 1 && c.before >= 0 && c.after >= 0, who,
+                          ": expected a chunk of at least 1 token, before and after of at least 0, got ", c.chunk, ", ", c.before, " and ", c.after);
     if (c.head_width == 0) c.head_width = c.inputs / c.heads;
     if (c.outputs == 0) c.outputs = c.inputs;
     require<config_error>(c.outputs >= 1, who, ": expected at least 1 output, got ", c.outputs);
@@ -213,7 +212,8 @@ struct local_attention {
       for (index_t i = 0; i < p.count; ++i) std::copy_n(found.row(i), d, out.row(i));
     } else {
       const scratch<S> log_sum_exp(ctx, p.count);
-      attend<S>(mine, {k, N, d, W}, {v, N, d, W}, scale(), detail::window_mask<S>{.causal = true, .ahead = p.position - start}, out, log_sum_exp.data(), ctx);
+      attend<S>(mine, {k, N, d, W}, {v, N, d, W}, scale(), detail::window_mask<S>{.causal = true, .ahead = p.position - start}, out,
+                log_sum_exp.data(), ctx);
     }
   }
 };

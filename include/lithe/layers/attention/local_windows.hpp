@@ -78,8 +78,8 @@ struct local_windows {
     ctx.exec->run(T, 64, [&](index_t first, index_t last) {
       sum.slice_rows(first, last - first).map().setZero();
       for (index_t h = 0; h < heads; ++h)
-        softmax_row_dots<S>(g.slice_cols(h * width, width).slice_rows(first, last - first), o.slice_cols(h * width, width).slice_rows(first, last - first),
-                            d.row(h) + first);
+        softmax_row_dots<S>(g.slice_cols(h * width, width).slice_rows(first, last - first),
+                            o.slice_cols(h * width, width).slice_rows(first, last - first), d.row(h) + first);
     });
     const index_t span = std::max({index_t{1}, before + after, 512 / chunk});  // chunks of keys in a run, at least
     const scratch<piece> pieces(ctx, T / (span * chunk) + rows.count() + 1);
@@ -182,7 +182,8 @@ struct local_windows {
     if (!valid.empty() && mean)
       for (index_t i = 0; i < p.count; ++i)
         if (empty(lse[i])) {
-          each_run(p.s, p.chunk, [&](index_t, index_t first, index_t n) { out.map().row(i) += part(v, p.s, h, first, n, width).map().colwise().sum(); });
+          each_run(p.s, p.chunk,
+                   [&](index_t, index_t first, index_t n) { out.map().row(i) += part(v, p.s, h, first, n, width).map().colwise().sum(); });
           out.row_array(i) /= static_cast<S>(window(p.s, p.chunk));
         }
   }
