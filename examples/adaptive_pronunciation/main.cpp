@@ -16,7 +16,7 @@ namespace {
 struct run_config {
   std::string words = DEFAULT_DICTIONARY, save, load, results, plot, oracle = "correctness", mode = "aligned";
   std::vector<std::string> say;
-  index_t epochs = 12, exit_epochs = 2, batch = 64, limit = 0;
+  index_t epochs = 12, exit_epochs = 2, batch = 64, limit = 0, search = 40;
   double rate = 2e-3, penalty = 0.1, sigma = 0, alpha = 0.2, delta = 0.05;
   int workers = 0;
   bool detach = false, compare = false;
@@ -143,6 +143,16 @@ double calibrated(const pronouncer& p, const dictionary& d, double delta, const 
   return lithe::calibrate(grid, losses, {.delta = delta}).threshold;
 }
 
+/// Thresholds of the largest probability, one for each block, by random search on the tuning words: the best of each stretch of a block's width.
+std::vector<lithe::threshold_point> searched(const pronouncer& p, const dictionary& d, index_t draws, const lithe::context& ctx) {
+  const index_t N = p.decoder.exits();
+  return lithe::search_thresholds(N, draws, N - 1, 1, static_cast<double>(N), lithe::rng_key{5}, [&](lithe::threshold_point& point) {
+    const auto s = speak(p, d.tune, 32, {.kind = lithe::exit_confidence::max_prob, .thresholds = point.thresholds}, ctx);
+    point.quality = -s.error_rate();
+    point.cost = s.mean_exit();
+  });
+}
+
 std::vector<table_row> print_table(const pronouncer& p, const dictionary& d, const model_config& c, const run_config& r, const lithe::context& ctx) {
   using lithe::exit_confidence;
   const index_t N = p.decoder.exits();
@@ -160,6 +170,10 @@ std::vector<table_row> print_table(const pronouncer& p, const dictionary& d, con
   for (const auto& [name, kind] : kinds)
     for (const double tau : {0.7, 0.9, 0.97}) t.add(lithe::concat(name, ", threshold ", tau), {.kind = kind, .thresholds = {tau}});
   t.add("the same (0.9), whole batch", {.kind = exit_confidence::softmax_diff, .thresholds = {0.9}, .whole_batch = true});
+  if (r.search > 0 && N > 1)
+    for (const auto& point : searched(p, d, r.search, ctx))
+      t.add(lithe::concat("largest probability, searched, ", std::round(point.cost * 10) / 10),
+            {.kind = exit_confidence::max_prob, .thresholds = point.thresholds});
   const double safe = calibrated(p, d, r.delta, ctx);
   t.add(lithe::concat("top-two, calibrated to ", r.delta, ": ", safe), {.kind = exit_confidence::softmax_diff, .thresholds = {safe}});
   for (const index_t drafts : {3, 5}) {
@@ -345,6 +359,7 @@ int main(int argc, char** argv) {
   app.add_option("--batch", r.batch, "words a step")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--limit", r.limit, "words to train on; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--rate", r.rate, "learning rate")->capture_default_str();
+  app.add_option("--search", r.search, "draws of the random search for thresholds; 0 = none")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--delta", r.delta, "tolerated risk of the calibrated threshold")->capture_default_str();
   app.add_option("--workers", r.workers, "threads; 0 = all processors")->capture_default_str();
   app.add_option("--save", r.save, "file for the model");

@@ -7,6 +7,7 @@
 #include "lithe/compose/decoder_block.hpp"
 #include "lithe/compose/residual.hpp"
 #include "lithe/compose/sequential.hpp"
+#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/attention/attention.hpp"
 #include "lithe/layers/embedding.hpp"
 #include "lithe/layers/feed_forward.hpp"
@@ -168,6 +169,21 @@ TEST(decoding, tied_blocks_have_a_cache_at_each_depth) {
   const auto a = run(m, rule(exit_confidence::geometric, 0.5)), b = run(untied, rule(exit_confidence::geometric, 0.5));
   EXPECT_EQ(a.logits, b.logits);
   EXPECT_EQ(a.exits, b.exits);
+}
+
+TEST(decoding, same_bits_with_any_number_of_workers) {
+  const auto m = make_model();
+  generation<double> first;
+  for (const index_t workers : {1, 2, 7}) {
+    const parallel_executor exec(workers);
+    workspace work(exec);
+    const context ctx{.exec = &exec, .work = &work};
+    const auto out =
+        generate(tokens(), m, nothing{}, starts, {.max_steps = 12, .rule = rule(exit_confidence::geometric, 0.55), .keep_logits = true}, ctx);
+    if (workers == 1) first = out;
+    EXPECT_EQ(out.logits, first.logits);
+    EXPECT_EQ(out.exits, first.exits);
+  }
 }
 
 TEST(decoding, the_invariant_of_lazy_filling_holds_after_each_step) {
