@@ -228,6 +228,8 @@ TEST(attention_checkpoints, what_is_exported_is_imported_again) {
 
     shared_heads made, back;
     static_cast<void>(reparametrise(l, made, {.rank = 6}));
+    made.head_mask.resize(1, H);
+    made.head_mask << 0.5, 1.0, 1.5;
     {
       safetensors_writer out;
       export_collaborative(out, names, made);

@@ -171,10 +171,16 @@ void export_attention(safetensors_writer& out, const attention_names& n, const d
   detail::export_linear(out, n.value, l.value);
   detail::export_linear(out, n.output, l.output);
 }
-/// Adds a shared layer under the names of epfml/collaborative-attention, rescaled to that code's 1/√(r / heads).
+/// Adds a shared layer under the names of epfml/collaborative-attention, rescaled to that code's 1/√(r / heads); a head mask, which has no
+/// public name, goes into the values.
 template <std::floating_point S>
 void export_collaborative(safetensors_writer& out, const attention_names& n, detail::collaborative_base<S> l) {
   rescale(l, std::sqrt(static_cast<double>(l.config.heads) / static_cast<double>(l.config.key_width)));
+  for (index_t h = 0; h < l.head_mask.cols(); ++h) {
+    const index_t width = l.config.value_width / l.config.heads;
+    l.value.weight.middleRows(h * width, width) *= l.head_mask(0, h);
+    if (l.value.bias.size() != 0) l.value.bias.middleCols(h * width, width) *= l.head_mask(0, h);
+  }
   detail::export_matrix<S>(out, n.shared + "mixing", l.mixing);
   detail::export_linear(out, n.shared + "query", l.query);
   detail::export_linear(out, n.shared + "key", l.key);

@@ -20,9 +20,10 @@ struct key_query_spectrum {
   std::vector<std::vector<double>> heads;  ///< d values each
   std::vector<double> all;                 ///< H d values (or the number of inputs, if that is less)
 };
-[[nodiscard]] inline key_query_spectrum spectrum_of(std::string name, const key_query_weights& w, index_t heads) {
+template <std::same_as<double> S = double>
+[[nodiscard]] key_query_spectrum spectrum_of(std::string name, const key_query_weights& w, index_t heads) {
   const auto sigma = [](matrix_view<const double> a, matrix_view<const double> b) {
-    const auto s = detail::svd_of_product(a, b, false).sigma;
+    const auto s = detail::svd_of_product<S>(a, b, false).sigma;
     return std::vector<double>(s.data(), s.data() + s.size());
   };
   key_query_spectrum out{std::move(name), {}, sigma(w.query, w.key)};

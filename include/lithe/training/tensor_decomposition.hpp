@@ -2,6 +2,7 @@
 
 #include <Eigen/QR>
 #include <Eigen/SVD>
+#include <concepts>
 #include <functional>
 #include <numeric>
 
@@ -63,7 +64,9 @@ struct product_svd_result {
   Eigen::VectorXd sigma;
   Eigen::MatrixXd u, v;
 };
-inline product_svd_result svd_of_product(const_doubles a, const_doubles b, bool vectors) {
+// Templates, all for double, so that whoever includes the umbrella and decomposes nothing compiles no SVD.
+template <std::same_as<double> S = double>
+product_svd_result svd_of_product(const_doubles a, const_doubles b, bool vectors) {
   const Eigen::MatrixXd at = a.map().transpose(), bt = b.map().transpose();
   const Eigen::HouseholderQR<Eigen::MatrixXd> qa(at), qb(bt);
   const index_t p = std::min(at.rows(), at.cols()), q = std::min(bt.rows(), bt.cols());
@@ -83,6 +86,7 @@ inline product_svd_result svd_of_product(const_doubles a, const_doubles b, bool 
 }
 
 /// One decomposition at work: the weights, the factors, and their products with the weights.
+template <std::same_as<double> S = double>
 class key_query_solver {
  public:
   key_query_solver(const_doubles wq, const_doubles wk, index_t heads, const decomposition_options& o, const context& ctx)
@@ -104,7 +108,7 @@ class key_query_solver {
     std::vector<product_svd_result> all;
     std::vector<candidate> order;
     for (index_t h = 0; h < H_; ++h) {
-      all.push_back(svd_of_product(head(wq_, h), head(wk_, h), true));
+      all.push_back(svd_of_product<S>(head(wq_, h), head(wk_, h), true));
       for (index_t i = 0; i < all.back().sigma.size(); ++i) order.push_back({all.back().sigma[i], h, i});
     }
     std::stable_sort(order.begin(), order.end(), [](const candidate& a, const candidate& b) { return a.sigma > b.sigma; });
@@ -150,7 +154,7 @@ class key_query_solver {
     return f;
   }
   [[nodiscard]] key_query_factors product_svd() {
-    const product_svd_result s = svd_of_product(wq_, wk_, true);
+    const product_svd_result s = svd_of_product<S>(wq_, wk_, true);
     key_query_factors f = zeros();
     const index_t n = std::min(r_, static_cast<index_t>(s.sigma.size()));
     f.query.topRows(n) = s.sigma.head(n).cwiseSqrt().asDiagonal() * s.u.leftCols(n).transpose();
@@ -278,7 +282,8 @@ inline void check(const_doubles wq, const_doubles wk, index_t heads, const decom
 /// Wq [H d x D], Wk [H d x E], head h in rows h d .. ; `given` = factors to start from in place of options.start. Throws config_error and
 /// shape_error for arguments that do not go together and for weights with NaN or infinity, std::runtime_error for a singular Gram matrix
 /// under a ridge of 0. Weights of zero give zero factors and error 0.
-[[nodiscard]] inline decomposition decompose(matrix_view<const double> wq, matrix_view<const double> wk, index_t heads, const decomposition_options& o,
+template <std::same_as<double> S = double>
+[[nodiscard]] decomposition decompose(matrix_view<const double> wq, matrix_view<const double> wk, index_t heads, const decomposition_options& o,
                                              const context& ctx = {}, const key_query_factors* given = nullptr) {
   detail::check(wq, wk, heads, o);
   if (given != nullptr) {
@@ -286,7 +291,7 @@ inline void check(const_doubles wq, const_doubles wk, index_t heads, const decom
     require_shape<const double>("decompose", "given key factors", given->key, o.rank, wk.cols());
     require_shape<const double>("decompose", "given mixing factors", given->mixing, heads, o.rank);
   }
-  detail::key_query_solver solver(wq, wk, heads, o, ctx);
+  detail::key_query_solver<S> solver(wq, wk, heads, o, ctx);
   decomposition best;
   if (solver.norm2() == 0) {
     best.factors = {matrix<double>::Zero(o.rank, wq.cols()), matrix<double>::Zero(o.rank, wk.cols()), matrix<double>::Zero(heads, o.rank)};

@@ -1,0 +1,141 @@
+#pragma once
+
+// The model of train_language_model with collaborative heads, or with fewer heads, and what it takes to compare them.
+
+#include "trainer.hpp"
+
+namespace compressed {
+
+using shared_part = part_of<lithe::collaborative_attention<real>>;
+
+template <class Variant>
+struct with_shared_heads;
+template <class... Part>
+struct with_shared_heads<lithe::one_of<Part...>> {
+  using type = lithe::one_of<Part..., shared_part>;
+};
+using part = with_shared_heads<model_part>::type;
+using model = lithe::sequential<lithe::embedding<real>, lithe::stack<part>, lithe::layer_norm<real>, lithe::linear<real>>;
+
+/// The model of the training program, whose blocks can now have shared heads; tensors keep their names.
+inline model widen(const language_model& from) {
+  lithe::stack<part> parts;
+  for (const auto& block : std::get<1>(from.layers).blocks) std::visit([&](const auto& p) { parts.blocks.emplace_back(p); }, block.value);
+  return model(std::get<0>(from.layers), std::move(parts), std::get<2>(from.layers), std::get<3>(from.layers));
+}
+
+/// The model with every attention re-parametrised, and the largest error of its layers.
+inline model make(const model& from, const lithe::decomposition_options& o, const lithe::context& ctx, double& error) {
+  model to = from;
+  error = 0;
+  for (auto& block : std::get<1>(to.layers).blocks)
+    if (auto* separate = std::get_if<attention_part>(&block.value)) {
+      const auto& [norm, attend, drop] = separate->inner.layers;
+      lithe::collaborative_attention<real> shared;
+      error = std::max(error, lithe::reparametrise(attend, shared, o, ctx).error());
+      block = shared_part{lithe::sequential(norm, std::move(shared), drop)};
+    }
+  return to;
+}
+
+/// f(attention layer, its gradient) for every attention of separate heads.
+template <class G, class F>
+void for_each_attention(model& m, G& gradient, F&& f) {
+  lithe::walk(
+      [&](const std::string&, auto& l, auto& g) {
+        if constexpr (std::same_as<std::remove_cvref_t<decltype(l)>, lithe::attention<real>>) f(l, g);
+      },
+      [](const auto&...) {}, "", m, gradient);
+}
+
+inline std::span<const token_t> held_out(const corpus& data, index_t at, index_t n) {
+  return std::span<const token_t>(data.text).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n));
+}
+
+inline double bits_per_byte(const model& m, const corpus& data, index_t T, index_t pieces, const lithe::context& ctx) {
+  double sum = 0;
+  index_t counted = 0;
+  matrix<real> logits(T, byte_values);
+  const index_t last = static_cast<index_t>(data.text.size()) - 1;
+  for (index_t at = data.held_out; at + T <= last && pieces > 0; at += T, --pieces) {
+    m.forward(held_out(data, at, T), logits, ctx);
+    const auto l = lithe::cross_entropy<real>(logits, held_out(data, at + 1, T), {.reduce = lithe::reduction::sum}, lithe::matrix_view<real>(), ctx);
+    sum += l.loss;
+    counted += l.counted;
+  }
+  return sum / static_cast<double>(std::max<index_t>(1, counted)) / std::numbers::ln2;
+}
+
+/// Batches of the training text, drawn by step; body(gradient) after each backward pass.
+template <class Body>
+void train(model& m, const corpus& data, index_t T, index_t steps, index_t batch, std::uint64_t seed, const lithe::context& base, Body&& body) {
+  auto gradient = lithe::make_gradient(m);
+  lithe::record_of<model> record;
+  std::vector<token_t> inputs(static_cast<std::size_t>(batch * T)), targets(inputs.size());
+  std::vector<index_t> offsets{0};
+  for (index_t b = 1; b <= batch; ++b) offsets.push_back(b * T);
+  matrix<real> logits(batch * T, byte_values);
+  lithe::context ctx = base;
+  ctx.train = true;
+  ctx.rows = {offsets};
+  for (index_t step = 0; step < steps; ++step) {
+    const lithe::rng_key key = lithe::rng_key{seed}.child(static_cast<std::uint64_t>(step));
+    ctx.key = key.child(1);
+    for (index_t b = 0; b < batch; ++b) {
+      const auto at = static_cast<index_t>(lithe::uniform(key, static_cast<std::uint64_t>(b)) * static_cast<double>(data.held_out - T));
+      std::copy_n(data.text.begin() + at, T, inputs.begin() + b * T);
+      std::copy_n(data.text.begin() + at + 1, T, targets.begin() + b * T);
+    }
+    lithe::set_zero(m, gradient);
+    m.forward(inputs, logits, record, ctx);
+    static_cast<void>(lithe::cross_entropy<real>(logits, targets, {}, logits, ctx));
+    m.backward(inputs, record, logits, lithe::nothing{}, gradient, ctx);
+    body(step, gradient);
+  }
+}
+
+inline void fine_tune(model& m, const corpus& data, index_t T, index_t steps, double rate, const lithe::context& ctx) {
+  lithe::optimiser<real> adam(lithe::optimiser_config{.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
+  auto like = lithe::make_gradient(m);
+  adam.prepare(m, like);
+  const lithe::learning_rate_schedule schedule{.learning_rate = rate, .warmup_steps = std::min<index_t>(20, steps), .total_steps = steps, .final_ratio = 0.05};
+  train(m, data, T, steps, 8, 77, ctx, [&](index_t step, auto& gradient) {
+    lithe::clip_by_global_norm(m, gradient, 1, ctx);
+    adam.step(m, gradient, schedule(step), ctx);
+  });
+}
+
+/// Microseconds for one token whose sequence fills the context.
+inline double decode_time(const model& m, const corpus& data, index_t T, const lithe::context& ctx) {
+  auto cache = m.make_cache(1, T);
+  matrix<real> logits(1, byte_values);
+  m.fill(held_out(data, data.held_out, T - 1), cache, ctx);
+  std::vector<double> times;
+  for (int i = 0; i < 41; ++i) {
+    const double begin = now();
+    m.decode(held_out(data, data.held_out + T - 1, 1), logits, cache, ctx);
+    times.push_back(1e6 * (now() - begin));
+    m.truncate(cache, 0, T - 1);
+  }
+  std::nth_element(times.begin(), times.begin() + 20, times.end());
+  return times[20];
+}
+
+/// What the attention layers of a model hold and keep.
+struct attention_size {
+  index_t parameters = 0, cached = 0;  // numbers; cached for a token
+};
+inline attention_size size_of_attention(const model& m) {
+  attention_size s;
+  lithe::walk(
+      [&](const std::string&, const auto& l) {
+        using L = std::remove_cvref_t<decltype(l)>;
+        if constexpr (std::same_as<L, lithe::attention<real>>) s.cached += 2 * l.config.key_value_heads * l.config.head_width;
+        if constexpr (std::same_as<L, lithe::collaborative_attention<real>>) s.cached += l.config.key_width + l.content_bias.weight.rows() + l.config.value_width;
+        if constexpr (std::same_as<L, lithe::attention<real>> || std::same_as<L, lithe::collaborative_attention<real>>) s.parameters += lithe::count_parameters(l);
+      },
+      [](const auto&...) {}, "", m);
+  return s;
+}
+
+}  // namespace compressed
