@@ -60,7 +60,7 @@ tables::table make(const tables::options& o) {
       }
     for (const auto& c : all) {
       const nlohmann::json even =
-          c.r == 0 || H * c.r <= D ? nlohmann::json() : nlohmann::json(std::round(2.0 * D * static_cast<double>(D - c.r) / static_cast<double>(H * c.r - D)));
+          task != std::string("encoder") || c.r == 0 || H * c.r <= D ? nlohmann::json() : nlohmann::json(std::round(2.0 * D * static_cast<double>(D - c.r) / static_cast<double>(H * c.r - D)));
       t.row({task, tokens, c.name, 1e3 * c.best, c.best / all[0].best, even, bytes(c)});
     }
   };
