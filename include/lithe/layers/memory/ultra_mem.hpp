@@ -85,7 +85,7 @@ struct ultra_mem {
   ultra_mem() = default;
   /// A memory with tables of its own.
   ultra_mem(ultra_mem_config c, rng_key key) : ultra_mem(c, make_table(c, false), make_table(c, true), key) {
-    const double deviation = start(key.child(3));
+    const double deviation = value_deviation(key.child(7));
     fill_normal_rows(expansion.values, deviation, key.child(4));
     fill_normal_rows(expansion.pre_values, deviation, key.child(5));
   }
@@ -223,6 +223,8 @@ struct ultra_mem {
     return e.pre_width > 0 ? Table(e.table_rows, e.pre_width) : Table();
   }
   static void fill_normal_rows(Table& table, double deviation, rng_key key) {
+    if (table.rows() == 0) return;
+    if constexpr (requires { table.fill_normal(deviation, key); }) return table.fill_normal(deviation, key);
     matrix<S> row(1, table.cols());
     for (index_t i = 0; i < table.rows(); ++i) {
       fill_normal<S>(row, deviation, key.child(static_cast<std::uint64_t>(i)));
@@ -230,25 +232,28 @@ struct ultra_mem {
     }
   }
 
-  /// Draws the linear maps and sets the norms' weights; returns the deviation that values should have.
-  double start(rng_key key) {
-    const double D = static_cast<double>(config.features), m = static_cast<double>(config.top_k), H = static_cast<double>(config.heads);
-    const double L = static_cast<double>(config.start.blocks), dv = static_cast<double>(config.value_width), pre = static_cast<double>(config.pre_width);
+  /// Draws the linear maps and finds the weight of the queries' norm.
+  void start(rng_key key) {
+    const double D = static_cast<double>(config.features), read = static_cast<double>(config.value_width * config.groups);
     const bool v2 = config.start.kind == ultra_mem_start_kind::paper_v2;
     const double even = std::sqrt(2 / (5 * D));
     fill_normal<S>(query.projection.weight, v2 ? even : 1 / std::sqrt(static_cast<double>(config.key_width)), key.child(0));
-    fill_normal<S>(expansion.projection.weight, v2 ? even : 1 / std::sqrt(dv * static_cast<double>(config.groups)), key.child(1));
+    fill_normal<S>(expansion.projection.weight, v2 ? even : 1 / std::sqrt(read), key.child(1));
     fill_normal<S>(expansion.pre_projection.weight, v2 ? even : 1 / std::sqrt(D), key.child(2));
-    if (config.start.kind == ultra_mem_start_kind::paper) {
-      const double mean = selected_scores(key.child(3)).first;
-      if (mean > 0) query.norm.weight /= static_cast<S>(std::sqrt(mean));  // scores grow with the square of the queries
-      return std::sqrt(static_cast<double>(config.expansion) / (2 * m * H * L));
+    if (config.start.kind != ultra_mem_start_kind::paper) return;
+    const double mean = selected_scores(key.child(3)).first;
+    if (mean > 0) query.norm.weight /= static_cast<S>(std::sqrt(mean));  // scores grow with the square of the queries
+  }
+  [[nodiscard]] double value_deviation(rng_key key) const {
+    const double picks = static_cast<double>(config.top_k * config.heads), L = static_cast<double>(config.start.blocks);
+    switch (config.start.kind) {
+      case ultra_mem_start_kind::paper: return std::sqrt(static_cast<double>(config.expansion) / (2 * picks * L));
+      case ultra_mem_start_kind::paper_v2:
+        return std::pow(0.2 * config.start.inner_ratio * static_cast<double>(config.features) /
+                            (picks * (1 + selected_scores(key).second) * static_cast<double>(config.pre_width * config.value_width) * L),
+                        0.25);
+      default: return 0.02;
     }
-    if (v2) {
-      const double s2 = selected_scores(key.child(3)).second;
-      return std::pow(0.2 * config.start.inner_ratio * D / (m * H * (1 + s2) * pre * dv * L), 0.25);
-    }
-    return 0.02;
   }
   /// Mean and variance of the scores Σ_c s^c that normal inputs select.
   std::pair<double, double> selected_scores(rng_key key) const {
