@@ -88,7 +88,8 @@ tables::table make(const tables::options& o) {
   const matrix<double> wq = make_weight(D, D, D / 4, 10 * o.seed), wk = make_weight(D, D, D / 4, 10 * o.seed + 5);
   tables::table t{.title = "Re-parametrising a BERT-base layer",
                   .source = "arXiv 2006.16362 section 4",
-                  .question = concat("One layer of ", D, " features and ", H, " heads at r = ", r, ": error, sweeps, seconds on ", o.workers, " threads, peak memory so far."),
+                  .question = concat("One layer of ", D, " features and ", H, " heads at r = ", r, ": error, sweeps, seconds on ", o.workers,
+                                     " threads, peak memory so far."),
                   .columns = {"method", "start", "error of the start", "error", "sweeps", "seconds", "peak MB"}};
   double best_seconds = 0, best_error = 1;
   const auto run = [&](const char* method, const char* start, decomposition_options options) {
@@ -122,8 +123,8 @@ tables::table make(const tables::options& o) {
   const double same = decompose(wq, wk, H, {.rank = r, .start = decomposition_start::random, .max_sweeps = few, .tolerance = 0}, ctx).error();
   const double ratio = seconds / static_cast<double>(few) / ours;
   t.shown = ratio >= 5 && best_seconds < 15;
-  t.finding = concat("The best start takes ", best_seconds, " s to an error of ", best_error, "; a sweep is ", ratio, " times faster than on the dense tensor (after ", few,
-                     " sweeps its error is ", error, ", ours ", same, ").");
+  t.finding = concat("The best start takes ", best_seconds, " s to an error of ", best_error, "; a sweep is ", ratio,
+                     " times faster than on the dense tensor (after ", few, " sweeps its error is ", error, ", ours ", same, ").");
   return t;
 }
 

@@ -26,9 +26,10 @@ stack<block<A>> encoder(const Config& c, index_t layers) {
   stack<block<A>> out;
   for (index_t i = 0; i < layers; ++i) {
     const rng_key k{static_cast<std::uint64_t>(i)};
-    out.blocks.emplace_back(residual<A>{A(c, k)}, layer_norm<float>(D),
-                            residual<feed_forward<float>>{feed_forward<float>({.features = D, .hidden = 4 * D, .kind = activation::gelu}, k.child(1))},
-                            layer_norm<float>(D));
+    out.blocks.emplace_back(
+        residual<A>{A(c, k)}, layer_norm<float>(D),
+        residual<feed_forward<float>>{feed_forward<float>({.features = D, .hidden = 4 * D, .kind = activation::gelu}, k.child(1))},
+        layer_norm<float>(D));
   }
   prepack(out);
   return out;
@@ -39,10 +40,11 @@ tables::table make(const tables::options& o) {
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
   const index_t layers = o.pick<index_t>(1, 4, 12), rounds = o.pick<index_t>(1, 3, 7);
-  tables::table t{.title = "Collaborative heads against plain, multi-query and grouped-query heads",
-                  .source = "arXiv 2006.16362 section 3",
-                  .question = concat("An encoder of ", layers, " BERT-base layers, milliseconds a sequence; and one decoded token of one attention layer."),
-                  .columns = {"task", "tokens", "heads", "milliseconds", "of plain", "break-even tokens", "bytes cached a token"}};
+  tables::table t{
+      .title = "Collaborative heads against plain, multi-query and grouped-query heads",
+      .source = "arXiv 2006.16362 section 3",
+      .question = concat("An encoder of ", layers, " BERT-base layers, milliseconds a sequence; and one decoded token of one attention layer."),
+      .columns = {"task", "tokens", "heads", "milliseconds", "of plain", "break-even tokens", "bytes cached a token"}};
 
   // All contenders of a length in turn, again and again; the best time of each.
   struct contender {
@@ -51,7 +53,8 @@ tables::table make(const tables::options& o) {
     std::function<void(index_t)> run;
     double best = 1e30;
   };
-  const auto compare = [&](const char* task, index_t tokens, std::vector<contender>& all, const std::function<nlohmann::json(const contender&)>& bytes) {
+  const auto compare = [&](const char* task, index_t tokens, std::vector<contender>& all,
+                           const std::function<nlohmann::json(const contender&)>& bytes) {
     for (index_t round = 0; round < rounds + 1; ++round)
       for (auto& c : all) {
         const double begin = tables::now();
@@ -59,8 +62,9 @@ tables::table make(const tables::options& o) {
         if (round > 0) c.best = std::min(c.best, tables::now() - begin);
       }
     for (const auto& c : all) {
-      const nlohmann::json even =
-          task != std::string("encoder") || c.r == 0 || H * c.r <= D ? nlohmann::json() : nlohmann::json(std::round(2.0 * D * static_cast<double>(D - c.r) / static_cast<double>(H * c.r - D)));
+      const nlohmann::json even = task != std::string("encoder") || c.r == 0 || H * c.r <= D
+                                      ? nlohmann::json()
+                                      : nlohmann::json(std::round(2.0 * D * static_cast<double>(D - c.r) / static_cast<double>(H * c.r - D)));
       t.row({task, tokens, c.name, 1e3 * c.best, c.best / all[0].best, even, bytes(c)});
     }
   };
@@ -114,7 +118,8 @@ tables::table make(const tables::options& o) {
     decoding("grouped-query, 4", 0, 2 * 4 * 64, attention<float>({.inputs = D, .heads = H, .causal = true, .key_value_heads = 4}, rng_key{1}));
     decoding("multi-query", 0, 2 * 64, attention<float>({.inputs = D, .heads = H, .causal = true, .key_value_heads = 1}, rng_key{1}));
     for (const index_t r : {384, 256, 128, 64})
-      decoding(concat("collaborative, r = ", r), r, r + H + D, collaborative_attention<float>({.inputs = D, .heads = H, .key_width = r, .causal = true}, rng_key{1}));
+      decoding(concat("collaborative, r = ", r), r, r + H + D,
+               collaborative_attention<float>({.inputs = D, .heads = H, .key_width = r, .causal = true}, rng_key{1}));
     compare("decoding", tokens, all, [&](const contender& c) { return nlohmann::json(bytes[c.name]); });
     for (auto& row : t.rows)
       if (row[0] == "decoding" && row[1] == tokens) row[3] = row[3].get<double>() / 10;  // ten tokens were timed

@@ -98,7 +98,8 @@ inline void fine_tune(model& m, const corpus& data, index_t T, index_t steps, do
   lithe::optimiser<real> adam(lithe::optimiser_config{.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
   auto like = lithe::make_gradient(m);
   adam.prepare(m, like);
-  const lithe::learning_rate_schedule schedule{.learning_rate = rate, .warmup_steps = std::min<index_t>(20, steps), .total_steps = steps, .final_ratio = 0.05};
+  const lithe::learning_rate_schedule schedule{
+      .learning_rate = rate, .warmup_steps = std::min<index_t>(20, steps), .total_steps = steps, .final_ratio = 0.05};
   train(m, data, T, steps, 8, 77, ctx, [&](index_t step, auto& gradient) {
     lithe::clip_by_global_norm(m, gradient, 1, ctx);
     adam.step(m, gradient, schedule(step), ctx);
@@ -131,8 +132,10 @@ inline attention_size size_of_attention(const model& m) {
       [&](const std::string&, const auto& l) {
         using L = std::remove_cvref_t<decltype(l)>;
         if constexpr (std::same_as<L, lithe::attention<real>>) s.cached += 2 * l.config.key_value_heads * l.config.head_width;
-        if constexpr (std::same_as<L, lithe::collaborative_attention<real>>) s.cached += l.config.key_width + l.content_bias.weight.rows() + l.config.value_width;
-        if constexpr (std::same_as<L, lithe::attention<real>> || std::same_as<L, lithe::collaborative_attention<real>>) s.parameters += lithe::count_parameters(l);
+        if constexpr (std::same_as<L, lithe::collaborative_attention<real>>)
+          s.cached += l.config.key_width + l.content_bias.weight.rows() + l.config.value_width;
+        if constexpr (std::same_as<L, lithe::attention<real>> || std::same_as<L, lithe::collaborative_attention<real>>)
+          s.parameters += lithe::count_parameters(l);
       },
       [](const auto&...) {}, "", m);
   return s;

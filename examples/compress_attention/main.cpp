@@ -63,14 +63,16 @@ int run_import(const settings& s, const lithe::context& ctx) {
 }
 
 /// One line of the table.
-void report(const std::string& name, compressed::model m, double error, const corpus& data, const model_config& c, const settings& s, const lithe::context& ctx) {
+void report(const std::string& name, compressed::model m, double error, const corpus& data, const model_config& c, const settings& s,
+            const lithe::context& ctx) {
   const auto size = compressed::size_of_attention(m);
   const double before = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
   const double flops = lithe::cost_of(m, c.context).flops;
   const double decode = compressed::decode_time(m, data, c.context, ctx);
   compressed::fine_tune(m, data, c.context, s.fine_tune_steps, s.fine_tune_rate, ctx);
   const double after = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
-  std::printf("%-26s %8.4f %12td %12.0f %12td %10.1f %10.3f %10.3f\n", name.c_str(), error, size.parameters, flops / 1000, 4 * size.cached, decode, before, after);
+  std::printf("%-26s %8.4f %12td %12.0f %12td %10.1f %10.3f %10.3f\n", name.c_str(), error, size.parameters, flops / 1000, 4 * size.cached, decode,
+              before, after);
   std::fflush(stdout);
 }
 
@@ -106,7 +108,8 @@ int run(const settings& s) {
     std::printf("%-12s", l.name.c_str());
     for (const std::size_t share : {8, 4, 3, 2}) {
       double heads = 0;
-      for (const auto& h : l.heads) heads += captured_variance(h)[std::max<std::size_t>(1, h.size() / share) - 1] / static_cast<double>(l.heads.size());
+      for (const auto& h : l.heads)
+        heads += captured_variance(h)[std::max<std::size_t>(1, h.size() / share) - 1] / static_cast<double>(l.heads.size());
       std::printf("  1/%zu: %.3f (%.3f)", share, all[std::max<std::size_t>(1, all.size() / share) - 1], heads);
     }
     std::printf("\n");
@@ -127,13 +130,14 @@ int run(const settings& s) {
     });
   });
 
-  std::printf("\n%-26s %8s %12s %12s %12s %10s %10s %10s\n%-26s %8s %12s %12s %12s %10s %10s %10s\n", "model", "error", "parameters", "kFLOP", "cached bytes",
-              "decode", "bits/byte", "bits/byte", "", "", "of attention", "a token", "a token", "us/token", "at once", "fine-tuned");
+  std::printf("\n%-26s %8s %12s %12s %12s %10s %10s %10s\n%-26s %8s %12s %12s %12s %10s %10s %10s\n", "model", "error", "parameters", "kFLOP",
+              "cached bytes", "decode", "bits/byte", "bits/byte", "", "", "of attention", "a token", "a token", "us/token", "at once", "fine-tuned");
   report("separate heads", model, 0, data, c, s, ctx);
   for (const index_t fraction : {1, 2, 3, 4, 8}) {
     const index_t rank = std::max<index_t>(1, c.features / fraction);
     index_t parameters = 0;
-    for (const auto& [name, method] : {std::pair{"collaborative", decomposition_method::alternating}, {"SVD of heads", decomposition_method::head_svd},
+    for (const auto& [name, method] : {std::pair{"collaborative", decomposition_method::alternating},
+                                       {"SVD of heads", decomposition_method::head_svd},
                                        {"SVD of their sum", decomposition_method::product_svd}}) {
       if (fraction == 1 && method != decomposition_method::alternating) continue;
       auto o = with_progress(rank);
@@ -160,7 +164,8 @@ int run(const settings& s) {
       const auto& weight = importance[layer++];
       std::vector<index_t> order(weight.size());
       std::iota(order.begin(), order.end(), index_t{0});
-      std::stable_sort(order.begin(), order.end(), [&](index_t a, index_t b) { return weight[static_cast<std::size_t>(a)] > weight[static_cast<std::size_t>(b)]; });
+      std::stable_sort(order.begin(), order.end(),
+                       [&](index_t a, index_t b) { return weight[static_cast<std::size_t>(a)] > weight[static_cast<std::size_t>(b)]; });
       order.resize(static_cast<std::size_t>(keep));
       std::sort(order.begin(), order.end());
       l = prune_heads<real>(l, order);
@@ -184,7 +189,9 @@ int main(int argc, char** argv) {
   app.add_option("--plot", s.plot, "SVG of the captured variance; empty for none")->capture_default_str();
   app.add_option("--json", s.json, "the same as JSON");
   app.add_option("--save", s.save, "file for the chosen compressed model, fine-tuned");
-  app.add_option("--save-fraction", s.save_fraction, "which: features / this dimensions")->check(CLI::IsMember({1, 2, 3, 4, 8}))->capture_default_str();
+  app.add_option("--save-fraction", s.save_fraction, "which: features / this dimensions")
+      ->check(CLI::IsMember({1, 2, 3, 4, 8}))
+      ->capture_default_str();
   app.add_option("--import", s.import, "safetensors file with the attention of BERT, DistilBERT, ALBERT or Whisper: only converts it");
   app.add_option("--heads", s.heads, "its heads; 0 = what config.json beside it says")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--rank", s.rank, "its shared dimensions; 0 = half of the key width")->check(CLI::NonNegativeNumber)->capture_default_str();

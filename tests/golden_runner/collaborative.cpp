@@ -98,9 +98,15 @@ double scale_of(const nlohmann::json& j, const collaborative_attention_config& c
 template <class S>
 void run_collaborative_layer(golden_case<S>& c) {
   const nlohmann::json& j = c.config;
-  collaborative_attention_config a{.inputs = j.at("dim_input"), .heads = j.at("num_attention_heads"), .key_width = j.at("dim_key_query_all"),
-                                   .value_width = j.at("dim_value_all"), .outputs = j.at("dim_output"), .content_bias = c.has("param.content_bias.weight"),
-                                   .query_bias = c.has("param.query.bias"), .value_bias = c.has("param.value.bias"), .projected = j.at("use_dense_layer")};
+  collaborative_attention_config a{.inputs = j.at("dim_input"),
+                                   .heads = j.at("num_attention_heads"),
+                                   .key_width = j.at("dim_key_query_all"),
+                                   .value_width = j.at("dim_value_all"),
+                                   .outputs = j.at("dim_output"),
+                                   .content_bias = c.has("param.content_bias.weight"),
+                                   .query_bias = c.has("param.query.bias"),
+                                   .value_bias = c.has("param.value.bias"),
+                                   .projected = j.at("use_dense_layer")};
   a.scale = scale_of<S>(j, a);
   const bool cross = c.has("input.encoder_hidden_states"), normed = j.at("use_layer_norm");
   const index_t samples = j.at("batch"), length = j.at("seq_len"), keys = cross ? j.at("encoder_len").get<index_t>() : length;
@@ -144,13 +150,14 @@ void run_collaborative_layer(golden_case<S>& c) {
     collaborative_cross_attention<S> l(a, memory.cols(), {});
     const memory_view<S> m{memory, {b.key_rows}};
     dm.setZero(memory.rows(), memory.cols());
-    run(l, [&](auto& r) { l.forward(x, m, b.additive(), h, r, ctx); },
+    run(
+        l, [&](auto& r) { l.forward(x, m, b.additive(), h, r, ctx); },
         [&](const auto& r, auto& g) { l.backward(x, m, b.additive(), r, dh, dx, dm, g, ctx); });
     c.compare("grad.input.encoder_hidden_states", matrix_view<const S>(dm));
   } else {
     collaborative_attention<S> l(a, {});
-    run(l, [&](auto& r) { l.forward(x, b.additive(), h, r, ctx); },
-        [&](const auto& r, auto& g) { l.backward(x, b.additive(), r, dh, dx, g, ctx); });
+    run(
+        l, [&](auto& r) { l.forward(x, b.additive(), h, r, ctx); }, [&](const auto& r, auto& g) { l.backward(x, b.additive(), r, dh, dx, g, ctx); });
   }
   c.compare("output.context", matrix_view<const S>(y));
   c.compare("grad.input.hidden_states", matrix_view<const S>(dx));

@@ -11,7 +11,8 @@ constexpr index_t D = 12, H = 3, F = 20;
 
 struct temporary_file {
   std::filesystem::path path;
-  explicit temporary_file(const char* name) : path(std::filesystem::temp_directory_path() / concat("lithe_attention_", ::getpid(), "_", name, ".safetensors")) {}
+  explicit temporary_file(const char* name)
+      : path(std::filesystem::temp_directory_path() / concat("lithe_attention_", ::getpid(), "_", name, ".safetensors")) {}
   ~temporary_file() { std::filesystem::remove(path); }
 };
 
@@ -162,8 +163,8 @@ TEST(attention_checkpoints, bert_distilbert_and_albert_load_by_their_names_with_
     c.write(file.path);
     const std::string b = "distilbert.transformer.layer.0.";
     EXPECT_LT(difference(run(import_encoder<separate>(safetensors_file(file.path), {.heads = H}), input()),
-                         post_norm_by_hand(c, b + "attention.q_lin", b + "attention.k_lin", b + "attention.v_lin", b + "attention.out_lin", b + "sa_layer_norm",
-                                           b + "ffn.lin1", b + "ffn.lin2", b + "output_layer_norm", input(), false)),
+                         post_norm_by_hand(c, b + "attention.q_lin", b + "attention.k_lin", b + "attention.v_lin", b + "attention.out_lin",
+                                           b + "sa_layer_norm", b + "ffn.lin1", b + "ffn.lin2", b + "output_layer_norm", input(), false)),
               1e-6);
   }
   {
@@ -172,8 +173,8 @@ TEST(attention_checkpoints, bert_distilbert_and_albert_load_by_their_names_with_
     c.write(file.path);
     const std::string b = "albert.encoder.albert_layer_groups.0.albert_layers.0.";
     EXPECT_LT(difference(run(import_encoder<separate>(safetensors_file(file.path), {.heads = H}), input()),
-                         post_norm_by_hand(c, b + "attention.query", b + "attention.key", b + "attention.value", b + "attention.dense", b + "attention.LayerNorm",
-                                           b + "ffn", b + "ffn_output", b + "full_layer_layer_norm", input(), false)),
+                         post_norm_by_hand(c, b + "attention.query", b + "attention.key", b + "attention.value", b + "attention.dense",
+                                           b + "attention.LayerNorm", b + "ffn", b + "ffn_output", b + "full_layer_layer_norm", input(), false)),
               1e-6);
   }
 }

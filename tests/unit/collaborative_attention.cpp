@@ -181,7 +181,8 @@ TEST(collaborative_attention, mixing_starts) {
 TEST(collaborative_attention, gradients_of_self_attention) {
   const offsets rows{0, 4, 4, 5, 11};
   const std::vector<std::uint8_t> mask{1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1};
-  const collaborative_attention_config all{.inputs = 6, .heads = 2, .key_width = 5, .value_width = 8, .outputs = 7, .causal = true, .query_bias = true};
+  const collaborative_attention_config all{
+      .inputs = 6, .heads = 2, .key_width = 5, .value_width = 8, .outputs = 7, .causal = true, .query_bias = true};
   for (auto c : {all, {.inputs = 6, .heads = 3, .key_width = 4, .content_bias = false, .value_bias = false, .projected = false}}) {
     for (const double rate : {0.0, 0.3}) {
       c.dropout = rate;
@@ -328,8 +329,8 @@ TEST(collaborative_attention, dropout_keeps_the_mean) {
 
 template <class S>
 void same_bits(index_t length, index_t heads, double rate) {
-  const auto l = lively(collaborative_attention<S>({.inputs = 16, .heads = heads, .key_width = 20, .value_width = heads * 5, .causal = true, .dropout = rate},
-                                                   rng_key{1}));
+  const auto l = lively(collaborative_attention<S>(
+      {.inputs = 16, .heads = heads, .key_width = 20, .value_width = heads * 5, .causal = true, .dropout = rate}, rng_key{1}));
   const offsets rows{0, length / 3, length / 3, length};
   const matrix<S> x = random<S>(length, 16, 1), dy = random<S>(length, 16, 2);
   matrix<S> first[5];
@@ -400,8 +401,8 @@ TYPED_TEST(collaborative_decoding, equals_the_full_pass) {
   using S = TypeParam;
   const double tolerance = sizeof(S) == 8 ? 1e-12 : 1e-5;  // a row's bits may depend on how many rows come together
   for (const bool whole : {true, false}) {
-    auto l = lively(collaborative_attention<S>({.inputs = 12, .heads = 3, .key_width = 7, .causal = true, .content_bias = whole, .query_bias = true,
-                                                .projected = whole}, rng_key{1}));
+    auto l = lively(collaborative_attention<S>(
+        {.inputs = 12, .heads = 3, .key_width = 7, .causal = true, .content_bias = whole, .query_bias = true, .projected = whole}, rng_key{1}));
     l.head_mask = matrix<S>::Constant(1, 3, S(0.5));
     const parallel_executor exec(2);
     workspace work(exec);

@@ -34,8 +34,10 @@ matrix<typename L::scalar> run(const L& l, const matrix<typename L::scalar>& x) 
 
 template <class S>
 void full_width(double tolerance) {
-  for (const attention_config& c : {attention_config{.inputs = 24, .heads = 4, .causal = true}, {.inputs = 24, .heads = 3, .head_width = 5, .outputs = 7, .scale = 0.7},
-                                    {.inputs = 24, .heads = 4, .key_value_heads = 2}, {.inputs = 24, .heads = 4, .bias = false}}) {
+  for (const attention_config& c : {attention_config{.inputs = 24, .heads = 4, .causal = true},
+                                    {.inputs = 24, .heads = 3, .head_width = 5, .outputs = 7, .scale = 0.7},
+                                    {.inputs = 24, .heads = 4, .key_value_heads = 2},
+                                    {.inputs = 24, .heads = 4, .bias = false}}) {
     const attention<S> from(c, rng_key{1});
     const index_t width = from.config.heads * from.config.head_width;
     collaborative_attention<S> to;
@@ -63,7 +65,8 @@ TEST(reparametrise, a_reduced_rank_keeps_the_biases_exact_and_improves_with_the_
   for (const index_t rank : {4, 8, 16, 22}) {
     const auto d = reparametrise(from, to, {.rank = rank});
     for (index_t h = 0; h < 4; ++h)
-      EXPECT_LT(difference(to.content_bias.weight.row(h), (from.query.bias.row(0).segment(6 * h, 6) * from.key.weight.middleRows(6 * h, 6)).eval()), 1e-15);
+      EXPECT_LT(difference(to.content_bias.weight.row(h), (from.query.bias.row(0).segment(6 * h, 6) * from.key.weight.middleRows(6 * h, 6)).eval()),
+                1e-15);
     EXPECT_LT(d.error(), last);
     last = d.error();
     EXPECT_EQ(to.config.dropout, 0.25);
@@ -112,8 +115,9 @@ TEST(reparametrise, a_whole_model_is_walked_layer_by_layer) {
   };
   using separate = attention<double>;
   using shared = collaborative_attention<double>;
-  const model<separate> from(blocks([&](std::uint64_t i) { return separate({.inputs = D, .heads = 3}, rng_key{i}); }, static_cast<separate*>(nullptr)),
-                             linear<double>({D, 5}, rng_key{99}));
+  const model<separate> from(
+      blocks([&](std::uint64_t i) { return separate({.inputs = D, .heads = 3}, rng_key{i}); }, static_cast<separate*>(nullptr)),
+      linear<double>({D, 5}, rng_key{99}));
   model<shared> to(blocks([&](std::uint64_t) { return shared(); }, static_cast<shared*>(nullptr)), linear<double>({D, 5}, rng_key{98}));
   const matrix<double> x = random(9, D, 1);
   std::vector<std::string> names;

@@ -140,7 +140,8 @@ TEST(tensor_decomposition, every_start_and_method_gives_what_it_says) {
   const matrix<double> shared_q = random(20, D, 1), shared_k = random(20, D, 2);
   matrix<double> wq = random(H * d, 20, 3) * shared_q + random(H * d, D, 4, 0.1), wk = random(H * d, 20, 5) * shared_k + random(H * d, D, 6, 0.1);
   std::map<std::string, double> error;
-  for (const auto& [name, start] : {std::pair{"svd", decomposition_start::svd_heads}, {"norm", decomposition_start::top_norm}, {"random", decomposition_start::random}})
+  for (const auto& [name, start] :
+       {std::pair{"svd", decomposition_start::svd_heads}, {"norm", decomposition_start::top_norm}, {"random", decomposition_start::random}})
     error[name] = decompose(wq, wk, H, {.rank = r, .start = start, .max_sweeps = 60, .tolerance = 0}).error();
   error["heads"] = decompose(wq, wk, H, {.rank = r, .method = decomposition_method::head_svd}).error();
   const auto product = decompose(wq, wk, H, {.rank = r, .method = decomposition_method::product_svd});
@@ -181,7 +182,8 @@ TEST(tensor_decomposition, random_tensors_of_rank_three_are_found) {
       wq.middleRows(6 * h, 6).setIdentity();
       wk.middleRows(6 * h, 6) = a * b.row(h).asDiagonal() * c.transpose();
     }
-    errors.push_back(decompose(wq, wk, 8, {.rank = 4, .start = decomposition_start::random, .max_sweeps = 70, .tolerance = 0, .seed = {seed}}).error());
+    errors.push_back(
+        decompose(wq, wk, 8, {.rank = 4, .start = decomposition_start::random, .max_sweeps = 70, .tolerance = 0, .seed = {seed}}).error());
   }
   std::sort(errors.begin(), errors.end());
   EXPECT_LT(errors[5], 0.01);

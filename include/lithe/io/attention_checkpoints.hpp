@@ -17,13 +17,13 @@ enum class encoder_code {
 /// `model.`, `module.`) is part of them, so prefixes need no care.
 struct attention_names {
   encoder_code code{};
-  std::string block;                               ///< "bert.encoder.layer.3."
-  std::string query, key, value, output;           ///< of separate heads
-  std::string norm;                                ///< the layer norm of the attention
-  std::string shared;                              ///< of epfml/collaborative-attention: what stands before "mixing"
-  std::string shared_output, shared_norm;          ///< its output projection and norm: its own, or those of the block
-  std::string up, down, output_norm;               ///< the block's feed-forward and its norm
-  bool collaborative = false;                      ///< the file holds the shared layer
+  std::string block;                       ///< "bert.encoder.layer.3."
+  std::string query, key, value, output;   ///< of separate heads
+  std::string norm;                        ///< the layer norm of the attention
+  std::string shared;                      ///< of epfml/collaborative-attention: what stands before "mixing"
+  std::string shared_output, shared_norm;  ///< its output projection and norm: its own, or those of the block
+  std::string up, down, output_norm;       ///< the block's feed-forward and its norm
+  bool collaborative = false;              ///< the file holds the shared layer
 };
 
 namespace detail {
@@ -83,8 +83,8 @@ void read_linear(const safetensors_file& file, const std::string& name, linear<S
         const std::string number = b.size() > at ? b.substr(at + std::string(c.at).size()) : "";
         if (number.empty() || number.back() != '.' || !std::isdigit(static_cast<unsigned char>(number[0]))) continue;
         if (!collaborative && file.contains(b + c.shared + "mixing")) continue;  // its shared query is called like a head's
-        found.push_back({c.code, b, b + c.query, b + c.key, b + c.value, b + c.output, b + c.norm, b + c.shared, b + c.shared_output, b + c.shared_norm,
-                         b + c.up, b + c.down, b + c.output_norm, collaborative});
+        found.push_back({c.code, b, b + c.query, b + c.key, b + c.value, b + c.output, b + c.norm, b + c.shared, b + c.shared_output,
+                         b + c.shared_norm, b + c.up, b + c.down, b + c.output_norm, collaborative});
       }
   std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
     return a.block.size() != b.block.size() ? a.block.size() < b.block.size() : a.block < b.block;
@@ -104,8 +104,14 @@ void import_attention(const safetensors_file& file, const attention_names& n, in
   detail::read_linear(file, n.key, l.key, width, 0, bias);
   detail::read_linear(file, n.value, l.value, width, l.key.weight.cols(), bias);
   detail::read_linear(file, n.output, l.output, 0, width, bias);
-  l.config = {.inputs = l.query.weight.cols(), .heads = heads, .head_width = width / heads, .outputs = l.output.weight.rows(),
-              .causal = to.config.causal, .bias = bias, .scale = 1 / std::sqrt(static_cast<double>(width / heads)), .key_value_heads = heads};
+  l.config = {.inputs = l.query.weight.cols(),
+              .heads = heads,
+              .head_width = width / heads,
+              .outputs = l.output.weight.rows(),
+              .causal = to.config.causal,
+              .bias = bias,
+              .scale = 1 / std::sqrt(static_cast<double>(width / heads)),
+              .key_value_heads = heads};
   to = std::move(l);
 }
 
@@ -128,9 +134,17 @@ void import_collaborative(const safetensors_file& file, const attention_names& n
                     " heads divide, found ", V);
   const bool projected = file.contains(n.shared_output + ".weight");
   if (projected) detail::read_linear(file, n.shared_output, l.output, 0, V);
-  l.config = {.inputs = l.query.weight.cols(), .heads = H, .key_width = r, .value_width = V, .outputs = projected ? l.output.weight.rows() : V,
-              .causal = to.config.causal, .content_bias = content, .query_bias = l.query.bias.size() != 0, .value_bias = l.value.bias.size() != 0,
-              .projected = projected, .scale = scale != 0 ? scale : std::sqrt(static_cast<double>(H) / static_cast<double>(r)),
+  l.config = {.inputs = l.query.weight.cols(),
+              .heads = H,
+              .key_width = r,
+              .value_width = V,
+              .outputs = projected ? l.output.weight.rows() : V,
+              .causal = to.config.causal,
+              .content_bias = content,
+              .query_bias = l.query.bias.size() != 0,
+              .value_bias = l.value.bias.size() != 0,
+              .projected = projected,
+              .scale = scale != 0 ? scale : std::sqrt(static_cast<double>(H) / static_cast<double>(r)),
               .dropout = to.config.dropout};
   to = std::move(l);
 }

@@ -18,8 +18,8 @@ template <class A, class S = typename A::scalar>
 using pre_norm_encoder_block = sequential<residual<sequential<layer_norm<S>, A>>, residual<sequential<layer_norm<S>, feed_forward<S>>>>;
 
 struct encoder_import {
-  index_t heads = 0;                                ///< of separate heads; a shared layer says it itself
-  double epsilon = 1e-12;                           ///< of layer norms: 1e-12 for the BERTs, 1e-5 for Whisper
+  index_t heads = 0;       ///< of separate heads; a shared layer says it itself
+  double epsilon = 1e-12;  ///< of layer norms: 1e-12 for the BERTs, 1e-5 for Whisper
   activation kind = activation::gelu;
 };
 
@@ -94,12 +94,19 @@ inline void copy_tensor(const safetensors_file& from, const std::string& name, c
     to.add<T>(as, i.shape, *numbers, type);
   };
   switch (i.type) {
-    case dtype::f64: return copy(double{}, dtype::f64);
-    case dtype::i64: return copy(std::int64_t{}, dtype::i64);
-    case dtype::u8: return copy(std::uint8_t{}, dtype::u8);
-    case dtype::bf16: return copy(float{}, dtype::bf16);
-    case dtype::f32: case dtype::f16: return copy(float{}, dtype::f32);
-    default: return copy(std::int32_t{}, dtype::i32);
+    case dtype::f64:
+      return copy(double{}, dtype::f64);
+    case dtype::i64:
+      return copy(std::int64_t{}, dtype::i64);
+    case dtype::u8:
+      return copy(std::uint8_t{}, dtype::u8);
+    case dtype::bf16:
+      return copy(float{}, dtype::bf16);
+    case dtype::f32:
+    case dtype::f16:
+      return copy(float{}, dtype::f32);
+    default:
+      return copy(std::int32_t{}, dtype::i32);
   }
 }
 

@@ -73,8 +73,9 @@ template <std::same_as<double> S = double>
   };
   for (int panel = 0; panel < 2; ++panel) {
     const int x0 = left + panel * (width + gap);
-    out << "<text x=\"" << x0 + width / 2 << "\" y=\"" << top - 14 << "\" text-anchor=\"middle\">" << (panel == 0 ? "single heads (mean)" : "all heads together")
-        << "</text>\n<rect x=\"" << x0 << "\" y=\"" << top << "\" width=\"" << width << "\" height=\"" << height << "\" fill=\"none\" stroke=\"#888\"/>\n";
+    out << "<text x=\"" << x0 + width / 2 << "\" y=\"" << top - 14 << "\" text-anchor=\"middle\">"
+        << (panel == 0 ? "single heads (mean)" : "all heads together") << "</text>\n<rect x=\"" << x0 << "\" y=\"" << top << "\" width=\"" << width
+        << "\" height=\"" << height << "\" fill=\"none\" stroke=\"#888\"/>\n";
     for (int tick = 0; tick <= 4; ++tick) {
       const int y = top + height - tick * height / 4, x = x0 + tick * width / 4;
       out << "<text x=\"" << x0 - 6 << "\" y=\"" << y + 4 << "\" text-anchor=\"end\">" << 25 * tick << "</text><text x=\"" << x << "\" y=\""
@@ -97,8 +98,8 @@ template <std::same_as<double> S = double>
         out << ' ' << x0 + width * static_cast<double>(i + 1) / static_cast<double>(curve.size()) << ',' << top + height * (1 - curve[i]);
       out << "\"/>\n";
       if (panel == 1)
-        out << "<text x=\"" << x0 + width + 14 << "\" y=\"" << top + 12 + 14 * static_cast<int>(l) << "\" fill=\"" << colour(l) << "\">layer " << l + 1
-            << "</text>\n";
+        out << "<text x=\"" << x0 + width + 14 << "\" y=\"" << top + 12 + 14 * static_cast<int>(l) << "\" fill=\"" << colour(l) << "\">layer "
+            << l + 1 << "</text>\n";
     }
   }
   out << "<text x=\"14\" y=\"" << top + height / 2 << "\" text-anchor=\"middle\" transform=\"rotate(-90 14 " << top + height / 2

@@ -26,8 +26,9 @@ template <std::floating_point S>
 /// index_error for a head that is not there.
 template <std::floating_point S>
 [[nodiscard]] attention<S> prune_heads(const attention<S>& l, std::span<const index_t> keep) {
-  require<config_error>(l.config.key_value_heads == l.config.heads && !keep.empty(), "prune_heads: expected at least 1 head to keep of a layer whose heads all ",
-                        "have keys of their own, got ", keep.size(), " of ", l.config.heads, " with ", l.config.key_value_heads, " heads of keys");
+  require<config_error>(l.config.key_value_heads == l.config.heads && !keep.empty(),
+                        "prune_heads: expected at least 1 head to keep of a layer whose heads all ", "have keys of their own, got ", keep.size(),
+                        " of ", l.config.heads, " with ", l.config.key_value_heads, " heads of keys");
   const index_t d = l.config.head_width, n = static_cast<index_t>(keep.size());
   attention<S> out = l;
   out.config.heads = out.config.key_value_heads = n;
@@ -42,8 +43,8 @@ template <std::floating_point S>
   out.output.weight.resize(l.output.weight.rows(), n * d);
   for (index_t i = 0; i < n; ++i) {
     const index_t h = keep[static_cast<std::size_t>(i)];
-    require<index_error>(h >= 0 && h < l.config.heads && (i == 0 || h > keep[static_cast<std::size_t>(i) - 1]), "prune_heads: expected ascending heads below ",
-                         l.config.heads, ", got ", h);
+    require<index_error>(h >= 0 && h < l.config.heads && (i == 0 || h > keep[static_cast<std::size_t>(i) - 1]),
+                         "prune_heads: expected ascending heads below ", l.config.heads, ", got ", h);
     for (int p = 0; p < 3; ++p) {
       to[p]->weight.middleRows(i * d, d) = from[p]->weight.middleRows(h * d, d);
       if (from[p]->bias.size() != 0) to[p]->bias.middleCols(i * d, d) = from[p]->bias.middleCols(h * d, d);

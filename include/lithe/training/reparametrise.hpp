@@ -21,8 +21,8 @@ struct key_query_weights {
 template <class S>
 [[nodiscard]] key_query_weights key_query_weights_of(matrix_view<const S> wq, matrix_view<const S> wk, matrix_view<const S> bq, index_t heads,
                                                      index_t key_heads) {
-  require<shape_error>(heads >= 1 && key_heads >= 1 && wq.rows() % heads == 0 && heads % key_heads == 0 && wk.rows() * heads == wq.rows() * key_heads &&
-                           (bq.size() == 0 || bq.size() == wq.rows()),
+  require<shape_error>(heads >= 1 && key_heads >= 1 && wq.rows() % heads == 0 && heads % key_heads == 0 &&
+                           wk.rows() * heads == wq.rows() * key_heads && (bq.size() == 0 || bq.size() == wq.rows()),
                        "reparametrise: expected query and key weights of ", heads, " and ", key_heads, " heads of one width, got ",
                        to_text(wq.rows(), wq.cols()), " and ", to_text(wk.rows(), wk.cols()));
   const index_t d = wq.rows() / heads, shared = heads / key_heads;
@@ -62,8 +62,15 @@ decomposition reparametrise_base(const attention_base<S>& from, collaborative_ba
   const auto& c = from.config;
   const double dropout = to.config.dropout;
   to = {};
-  to.config = {.inputs = c.inputs, .heads = c.heads, .value_width = c.heads * c.head_width, .outputs = c.outputs, .causal = c.causal,
-               .content_bias = from.query.bias.size() != 0, .mixing = mixing_start::concatenate, .scale = c.scale, .dropout = dropout};
+  to.config = {.inputs = c.inputs,
+               .heads = c.heads,
+               .value_width = c.heads * c.head_width,
+               .outputs = c.outputs,
+               .causal = c.causal,
+               .content_bias = from.query.bias.size() != 0,
+               .mixing = mixing_start::concatenate,
+               .scale = c.scale,
+               .dropout = dropout};
   assign_factors(d.factors, to.config.content_bias ? w.content : matrix<double>(0, 0), to);
   const index_t shared = c.heads / c.key_value_heads, width = c.head_width;
   to.value.weight.resize(c.heads * width, from.value.weight.cols());
@@ -96,7 +103,9 @@ decomposition reparametrise(const cross_attention<S>& from, collaborative_cross_
 namespace detail {
 
 template <class From, class To>
-concept reparametrisable = requires(const From& from, To& to, const decomposition_options& o, const context& ctx) { lithe::reparametrise(from, to, o, ctx); };
+concept reparametrisable = requires(const From& from, To& to, const decomposition_options& o, const context& ctx) {
+  lithe::reparametrise(from, to, o, ctx);
+};
 
 template <class From, class To, class Report>
 void reparametrise_walk(const std::string& prefix, const From& from, To& to, const decomposition_options& o, const context& ctx, Report& report) {
@@ -131,7 +140,11 @@ template <class L, class F>
 void for_each_attention(const L& model, F&& f) {
   walk(
       [&](const std::string& name, const auto& l) {
-        if constexpr (requires { l.query.weight; l.config.key_value_heads; }) f(name, l);
+        if constexpr (requires {
+                        l.query.weight;
+                        l.config.key_value_heads;
+                      })
+          f(name, l);
       },
       [](const auto&...) {}, "", model);
 }

@@ -34,22 +34,22 @@ struct decomposition_options {
   decomposition_method method = decomposition_method::alternating;
   decomposition_start start = decomposition_start::svd_heads;
   index_t max_sweeps = 100;
-  double tolerance = 1e-6;   ///< stops when a sweep changes the error by less
-  double target_error = 0;   ///< or when the error is no larger
-  double ridge = 1e-12;      ///< times the mean diagonal of each Gram matrix, added to its diagonal
-  bool exact_copy = true;    ///< at rank >= H d copy the weights, which is exact, instead of iterating
-  bool balance = true;       ///< mixing columns to unit norm, columns of query and key to equal norms
-  index_t restarts = 0;      ///< further random starts; the best of all is kept
-  rng_key seed{1};           ///< of random starts
+  double tolerance = 1e-6;  ///< stops when a sweep changes the error by less
+  double target_error = 0;  ///< or when the error is no larger
+  double ridge = 1e-12;     ///< times the mean diagonal of each Gram matrix, added to its diagonal
+  bool exact_copy = true;   ///< at rank >= H d copy the weights, which is exact, instead of iterating
+  bool balance = true;      ///< mixing columns to unit norm, columns of query and key to equal norms
+  index_t restarts = 0;     ///< further random starts; the best of all is kept
+  rng_key seed{1};          ///< of random starts
   std::function<void(index_t start, index_t sweep, double error)> progress{};
 };
 
 struct decomposition {
   key_query_factors factors;
-  std::vector<double> errors;         ///< ‖T - T̂‖ / ‖T‖ of the start and after each sweep, before balancing
-  std::vector<double> start_errors;   ///< the last error of each start
-  bool converged = false;             ///< a stop test was met, or there was nothing to iterate
-  bool regularised = false;           ///< a Gram matrix was singular to rounding (the rank is more than the weights need): the ridge decided
+  std::vector<double> errors;        ///< ‖T - T̂‖ / ‖T‖ of the start and after each sweep, before balancing
+  std::vector<double> start_errors;  ///< the last error of each start
+  bool converged = false;            ///< a stop test was met, or there was nothing to iterate
+  bool regularised = false;          ///< a Gram matrix was singular to rounding (the rank is more than the weights need): the ridge decided
 
   [[nodiscard]] double error() const { return errors.back(); }
 };
@@ -260,15 +260,15 @@ inline void balance(key_query_factors& f) {
 }
 
 inline void check(const_doubles wq, const_doubles wk, index_t heads, const decomposition_options& o) {
-  require<config_error>(heads >= 1 && wq.rows() % std::max<index_t>(1, heads) == 0, "decompose: expected weights whose rows the heads divide, got ", wq.rows(),
-                        " rows and ", heads, " heads");
+  require<config_error>(heads >= 1 && wq.rows() % std::max<index_t>(1, heads) == 0, "decompose: expected weights whose rows the heads divide, got ",
+                        wq.rows(), " rows and ", heads, " heads");
   require<shape_error>(wq.rows() == wk.rows() && wq.rows() >= 1, "decompose: expected query and key weights of as many rows, got ",
                        to_text(wq.rows(), wq.cols()), " and ", to_text(wk.rows(), wk.cols()));
   require<config_error>(o.rank >= 1, "decompose: expected a rank of at least 1, got ", o.rank);
   require<config_error>(o.tolerance >= 0 && o.target_error >= 0, "decompose: expected a tolerance and a target error of 0 or more, got ", o.tolerance,
                         " and ", o.target_error);
-  require<config_error>(o.max_sweeps >= 1 && o.restarts >= 0, "decompose: expected at least 1 sweep and no negative restarts, got ", o.max_sweeps, " and ",
-                        o.restarts);
+  require<config_error>(o.max_sweeps >= 1 && o.restarts >= 0, "decompose: expected at least 1 sweep and no negative restarts, got ", o.max_sweeps,
+                        " and ", o.restarts);
   require<config_error>(o.ridge >= 0 && std::isfinite(o.ridge), "decompose: expected a ridge of 0 or more, got ", o.ridge);
   require<config_error>(wq.map().allFinite() && wk.map().allFinite(), "decompose: the weights hold NaN or infinity");
 }
@@ -284,7 +284,7 @@ inline void check(const_doubles wq, const_doubles wk, index_t heads, const decom
 /// under a ridge of 0. Weights of zero give zero factors and error 0.
 template <std::same_as<double> S = double>
 [[nodiscard]] decomposition decompose(matrix_view<const double> wq, matrix_view<const double> wk, index_t heads, const decomposition_options& o,
-                                             const context& ctx = {}, const key_query_factors* given = nullptr) {
+                                      const context& ctx = {}, const key_query_factors* given = nullptr) {
   detail::check(wq, wk, heads, o);
   if (given != nullptr) {
     require_shape<const double>("decompose", "given query factors", given->query, o.rank, wq.cols());

@@ -154,7 +154,8 @@ struct collaborative_attention : detail::collaborative_base<S> {
           const index_t h = piece % H, t = piece / H * block, m = std::min(block, n - t);
           const scratch<S> mixed(ctx, m, q.cols());
           all.mix(q.slice_rows(i + t, m), h, mixed.view());
-          const detail::collaborative_mask<S> mask{.plain = {.causal = config.causal, .ahead = N - n + t}, .scale = all.plain.scale, .content = content(h)};
+          const detail::collaborative_mask<S> mask{
+              .plain = {.causal = config.causal, .ahead = N - n + t}, .scale = all.plain.scale, .content = content(h)};
           attend<S>(mixed.view(), k, values(c, at, h).slice_rows(0, N), all.plain.scale, mask, o.slice_rows(i + t, m).slice_cols(h * V, V),
                     log_sum_exp.row(h) + t, ctx);
         }

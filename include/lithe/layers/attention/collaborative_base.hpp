@@ -25,10 +25,10 @@ struct collaborative_attention_config {
   bool content_bias = true;
   bool query_bias = false;  ///< shared, before mixing; a key's bias would change nothing
   bool value_bias = true;
-  bool projected = true;    ///< an output projection (with bias); without it y is the heads side by side
+  bool projected = true;  ///< an output projection (with bias); without it y is the heads side by side
   mixing_start mixing = mixing_start::normal;
-  double scale = 0;         ///< of the scores; 0: 1/√(inputs / heads), which does not change with r
-  double dropout = 0;       ///< of the weights behind the softmax, under context::train
+  double scale = 0;    ///< of the scores; 0: 1/√(inputs / heads), which does not change with r
+  double dropout = 0;  ///< of the weights behind the softmax, under context::train
 };
 
 /// The mixing matrix [heads x r] of a start. `concatenate`: M(i, j) = 1 for i w <= j < (i + 1) w, w = ⌈r/heads⌉; later heads may be
@@ -38,14 +38,24 @@ template <class S>
   require<config_error>(heads >= 1 && r >= 1, "make_mixing: expected at least 1 head and a key width of 1, got ", heads, " and ", r);
   matrix<S> m = matrix<S>::Zero(heads, r);
   switch (kind) {
-    case mixing_start::normal: fill_normal<S>(m, 0.2, random); break;
+    case mixing_start::normal:
+      fill_normal<S>(m, 0.2, random);
+      break;
     case mixing_start::concatenate:
       for (index_t j = 0; j < r; ++j) m(j / ((r + heads - 1) / heads), j) = 1;
       break;
-    case mixing_start::all_ones: m.setOnes(); break;
-    case mixing_start::xavier_uniform: fill_uniform<S>(m, std::sqrt(6 / static_cast<double>(heads + r)), random); break;
-    case mixing_start::uniform: fill_uniform<S>(m, 1 / std::sqrt(static_cast<double>(r)), random); break;
-    case mixing_start::standard_normal: fill_normal<S>(m, 1, random); break;
+    case mixing_start::all_ones:
+      m.setOnes();
+      break;
+    case mixing_start::xavier_uniform:
+      fill_uniform<S>(m, std::sqrt(6 / static_cast<double>(heads + r)), random);
+      break;
+    case mixing_start::uniform:
+      fill_uniform<S>(m, 1 / std::sqrt(static_cast<double>(r)), random);
+      break;
+    case mixing_start::standard_normal:
+      fill_normal<S>(m, 1, random);
+      break;
   }
   return m;
 }
@@ -58,11 +68,11 @@ struct collaborative_base {
   using scalar = S;
   /// Grows with the length, not with its square.
   struct record {
-    matrix<S> query, key;     // [T x r], [N x r]
-    matrix<S> content;        // [H x N]
-    matrix<S> value;          // [N x value_width]
-    matrix<S> context;        // heads side by side
-    matrix<S> log_sum_exp;    // [H x T]
+    matrix<S> query, key;   // [T x r], [N x r]
+    matrix<S> content;      // [H x N]
+    matrix<S> value;        // [N x value_width]
+    matrix<S> context;      // heads side by side
+    matrix<S> log_sum_exp;  // [H x T]
   };
   struct gradient {
     typename linear<S>::gradient query, key, content_bias, value, output;
@@ -71,8 +81,8 @@ struct collaborative_base {
   };
 
   linear<S> query, key, content_bias, value, output;
-  matrix<S> mixing;     ///< [H x r]
-  matrix<S> head_mask;  ///< [1 x H]: what each head's output is multiplied with; empty: 1
+  matrix<S> mixing;                       ///< [H x r]
+  matrix<S> head_mask;                    ///< [1 x H]: what each head's output is multiplied with; empty: 1
   collaborative_attention_config config;  ///< with every 0 replaced by what it stands for
 
   collaborative_base() = default;

@@ -55,9 +55,13 @@ struct collaborative_heads {
   void mix(matrix_view<const S> q, index_t h, matrix_view<S> to) const {
     for (index_t t = 0; t < q.rows(); ++t) to.row_array(t) = q.row_array(t) * mixing.row_array(h);
   }
-  [[nodiscard]] collaborative_mask<S> mask(index_t h, index_t s, matrix_view<const S> content, matrix_view<S> content_gradient, index_t T, index_t N) const {
+  [[nodiscard]] collaborative_mask<S> mask(index_t h, index_t s, matrix_view<const S> content, matrix_view<S> content_gradient, index_t T,
+                                           index_t N) const {
     const index_t i = plain.rows.begin(s), j = plain.key_rows.begin(s), n = plain.key_rows.end(s, N) - j;
-    collaborative_mask<S> m{.plain = plain.mask(h, i, plain.rows.end(s, T) - i, j, n, T), .scale = plain.scale, .rate = rate, .key = key,
+    collaborative_mask<S> m{.plain = plain.mask(h, i, plain.rows.end(s, T) - i, j, n, T),
+                            .scale = plain.scale,
+                            .rate = rate,
+                            .key = key,
                             .row = static_cast<std::uint64_t>(h * T + i)};
     if (content.size() != 0) m.content = content.row(h) + j;
     if (content_gradient.size() != 0) m.content_gradient = content_gradient.row(h) + j;
@@ -95,9 +99,9 @@ struct collaborative_heads {
   ///
   /// The tiles of a sequence's keys are dealt out to a few groups, as in exact attention; a group goes through all heads, so that it
   /// owns the gradients of its keys.
-  void backward(matrix_view<const S> q, matrix_view<const S> k, matrix_view<const S> content, matrix_view<const S> v, matrix_view<const S> log_sum_exp,
-                matrix_view<const S> dots, matrix_view<const S> g, matrix_view<S> dq, matrix_view<S> dk, matrix_view<S> d_content, matrix_view<S> dv,
-                matrix_view<S> d_mixing, const context& ctx) const {
+  void backward(matrix_view<const S> q, matrix_view<const S> k, matrix_view<const S> content, matrix_view<const S> v,
+                matrix_view<const S> log_sum_exp, matrix_view<const S> dots, matrix_view<const S> g, matrix_view<S> dq, matrix_view<S> dk,
+                matrix_view<S> d_content, matrix_view<S> dv, matrix_view<S> d_mixing, const context& ctx) const {
     const index_t T = q.rows(), N = k.rows(), H = plain.heads, r = q.cols(), padded = key_gradient_tile<S>::query_gradient_width(r);
     index_t longest = 0;
     for (index_t s = 0; s < plain.rows.count(); ++s) longest = std::max(longest, plain.key_rows.end(s, N) - plain.key_rows.begin(s));
