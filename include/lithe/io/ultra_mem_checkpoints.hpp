@@ -44,8 +44,8 @@ void visit_ultra_mem(const ultra_mem<S, Table>& layer, F&& f, T&... structs) {
 }
 
 struct ultra_mem_import {
-  std::string prefix;             ///< of the unit: "transformer.mem_blocks.{unit}."
-  std::string table_prefix;       ///< of the tables: "transformer.full_memory_layer." (V2); empty = prefix (V1)
+  std::string prefix{};           ///< of the unit: "transformer.mem_blocks.{unit}."
+  std::string table_prefix{};     ///< of the tables: "transformer.full_memory_layer." (V2); empty = prefix (V1)
   bool strict = true;             ///< a tensor under `prefix` that the layer does not have is an error
   bool values = true;             ///< false leaves the tables alone (loaded before by another unit)
   bool derive_vectors = true;     ///< singular vectors that are stored all zero are derived from the cores; false: an error
