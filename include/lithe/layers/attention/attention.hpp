@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/attention_decode.hpp"
 #include "lithe/layers/attention/attention_base.hpp"
+#include "lithe/layers/attention/key_value_cache.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -49,28 +50,9 @@ struct attention : detail::attention_base<S> {
   }
 
   /// Keys (after the rotation) and values of `slots` sequences of up to `capacity` tokens.
-  struct cache {
-    index_t capacity = 0;
-    std::vector<index_t> length;     ///< tokens in each slot
-    std::vector<index_t> place;      ///< where the slot's keys and values stand
-    std::vector<index_t> old_place;  // `permute` needs them and must not allocate
-    std::vector<std::uint8_t> used;
-    matrix<S> keys, values;  ///< (place, head, token) by row, each filled up to whole packets
-  };
+  using cache = key_value_cache<S>;
 
-  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
-    require<config_error>(slots >= 0 && capacity >= 0, "attention: expected a cache of 0 or more slots and tokens, got ", slots, " and ", capacity);
-    cache c;
-    c.capacity = capacity;
-    c.length.assign(static_cast<std::size_t>(slots), 0);
-    c.place.resize(c.length.size());
-    for (index_t s = 0; s < slots; ++s) c.place[static_cast<std::size_t>(s)] = s;
-    c.old_place = c.place;
-    c.used.resize(c.length.size());
-    c.keys.resize(slots * config.key_value_heads * capacity, padded());
-    c.values.resize(c.keys.rows(), c.keys.cols());
-    return c;
-  }
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {"attention", slots, capacity, config.key_value_heads, config.head_width}; }
 
   /// The outputs of new rows, which follow what their slots hold; they are appended. Any number of new rows a sequence. Without
   /// `causal` each sees everything then in the slot. Throws state_error when a slot would overflow or comes twice, index_error for a
@@ -79,7 +61,7 @@ struct attention : detail::attention_base<S> {
     const shape out = output_shape(x);
     require_shape("attention", "y", y, out.rows, out.cols);
     const index_t T = x.rows(), H = config.heads;
-    check_slots(T, c, ctx);
+    c.check("attention", T, ctx);
     const scratch<S> q(ctx, T, this->query.weight.rows()), o(ctx, T, this->query.weight.rows()), table(ctx, T, config.rotary_width);
     new_angles(table.view(), c, ctx);
     append(x, table.view(), c, ctx);
@@ -94,46 +76,16 @@ struct attention : detail::attention_base<S> {
   /// Appends the keys and values of x only.
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     output_shape(x);
-    check_slots(x.rows(), c, ctx);
+    c.check("attention", x.rows(), ctx);
     const scratch<S> table(ctx, x.rows(), config.rotary_width);
     new_angles(table.view(), c, ctx);
     append(x, table.view(), c, ctx);
   }
   /// Forgets all but the first `length` tokens of a slot.
-  void truncate(cache& c, index_t slot, index_t length) const {
-    check_slot(slot, c);
-    index_t& now = c.length[static_cast<std::size_t>(slot)];
-    require<index_error>(length >= 0 && length <= now, "attention: expected to keep 0 to ", now, " tokens of slot ", slot, ", got ", length);
-    now = length;
-  }
+  void truncate(cache& c, index_t slot, index_t length) const { c.truncate("attention", slot, length); }
   /// Slot i becomes what slot order[i] was. Copies only what is wanted more than once.
   void permute(cache& c, std::span<const index_t> order) const {
-    require<shape_error>(order.size() == c.length.size(), "attention: expected an order of ", c.length.size(), " slots, got ", order.size());
-    for (const index_t from : order) check_slot(from, c);
-    c.old_place.swap(c.place);
-    std::fill(c.used.begin(), c.used.end(), std::uint8_t{0});
-    for (const index_t from : order) c.used[static_cast<std::size_t>(c.old_place[static_cast<std::size_t>(from)])] = 1;
-    std::size_t free = 0;
-    // `used` is 2 once a slot has taken the place over; whoever comes later gets a copy in a place that nobody wants.
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      const index_t from = c.old_place[static_cast<std::size_t>(order[i])];
-      if (auto& state = c.used[static_cast<std::size_t>(from)]; state == 1) {
-        state = 2;
-        c.place[i] = from;
-        continue;
-      }
-      while (c.used[free] != 0) ++free;
-      c.used[free] = 2;
-      c.place[i] = static_cast<index_t>(free);
-      const index_t n = c.length[static_cast<std::size_t>(order[i])];
-      for (index_t h = 0; h < config.key_value_heads; ++h) {
-        c.keys.middleRows(row(c, c.place[i], h), n) = c.keys.middleRows(row(c, from, h), n);
-        c.values.middleRows(row(c, c.place[i], h), n) = c.values.middleRows(row(c, from, h), n);
-      }
-    }
-    // The lengths follow their places, for which `old_place` is done with.
-    for (std::size_t i = 0; i < order.size(); ++i) c.old_place[i] = c.length[static_cast<std::size_t>(order[i])];
-    c.length.swap(c.old_place);
+    c.permute("attention", order, [](index_t, index_t, index_t) {});
   }
 
   /// For a token that sees `length` tokens.
@@ -153,58 +105,28 @@ struct attention : detail::attention_base<S> {
     return h;
   }
 
-  [[nodiscard]] index_t padded() const { return detail::tile::round_up<S>(config.head_width); }
-  [[nodiscard]] index_t row(const cache& c, index_t place, index_t head) const { return (place * config.key_value_heads + head) * c.capacity; }
-  static index_t length(const cache& c, index_t slot) { return c.length[static_cast<std::size_t>(slot)]; }
-  static index_t place(const cache& c, index_t slot) { return c.place[static_cast<std::size_t>(slot)]; }
-  static void check_slot(index_t slot, const cache& c) {
-    require<index_error>(slot >= 0 && slot < static_cast<index_t>(c.length.size()), "attention: expected a slot below ", c.length.size(), ", got ",
-                         slot);
-  }
-  void check_slots(index_t T, cache& c, const context& ctx) const {
-    ctx.rows.check("attention", T);
-    require<state_error>(ctx.mask.empty(), "attention: decoding takes no padding; leave the rows out");
-    require<shape_error>(ctx.slots.empty() || static_cast<index_t>(ctx.slots.size()) == ctx.rows.count(), "attention: expected a slot for each of ",
-                         ctx.rows.count(), " sequences, got ", ctx.slots.size());
-    std::fill(c.used.begin(), c.used.end(), std::uint8_t{0});
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t slot = ctx.slot(s), n = ctx.rows.end(s, T) - ctx.rows.begin(s);
-      check_slot(slot, c);
-      require<state_error>(c.used[static_cast<std::size_t>(slot)]++ == 0, "attention: slot ", slot, " comes twice in one call");
-      require<state_error>(length(c, slot) + n <= c.capacity, "attention: slot ", slot, " holds ", length(c, slot), " of ", c.capacity, " tokens; ",
-                           n, " more do not fit");
-    }
-  }
   void new_angles(matrix_view<S> table, const cache& c, const context& ctx) const {
     if (config.rotary_width == 0) return;
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, table.rows()) - i;
-      rotary_angles<S>(length(c, ctx.slot(s)), config.rotary_base, table.slice_rows(i, n), ctx);
+      rotary_angles<S>(c.tokens(ctx.slot(s)), config.rotary_base, table.slice_rows(i, n), ctx);
     }
   }
   void append(matrix_view<const S> x, matrix_view<const S> table, cache& c, const context& ctx) const {
-    const index_t T = x.rows(), d = config.head_width, W = padded();
+    const index_t T = x.rows();
     const scratch<S> k(ctx, T, this->key.weight.rows()), v(ctx, T, this->key.weight.rows());
     this->key.forward(x, k.view(), ctx);
     this->value.forward(x, v.view(), ctx);
     if (config.rotary_width != 0) detail::rotate_heads<S>(k.view(), config.key_value_heads, table, false, ctx, [](index_t t) { return t; });
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, T) - i, slot = ctx.slot(s);
-      for (index_t h = 0; h < config.key_value_heads; ++h) {
-        const index_t to = row(c, place(c, slot), h) + length(c, slot);
-        detail::tile::pad_rows<S>(k.view().slice_cols(h * d, d).slice_rows(i, n), c.keys.data() + to * W);
-        detail::tile::pad_rows<S>(v.view().slice_cols(h * d, d).slice_rows(i, n), c.values.data() + to * W);
-      }
-      c.length[static_cast<std::size_t>(slot)] += n;
-    }
+    c.append(k, v, ctx);
   }
   // The new queries of one sequence that share a head of keys.
   void attend_cached(index_t s, index_t key_head, matrix_view<const S> q, matrix_view<S> o, const cache& c, const context& ctx) const {
     constexpr index_t few = 12;  // up to here, reading the keys costs more than the products
-    const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, q.rows()) - i, slot = ctx.slot(s), N = length(c, slot);
-    const index_t d = config.head_width, W = padded(), shared = config.heads / config.key_value_heads, M = n * shared;
-    const S* k = c.keys.data() + row(c, place(c, slot), key_head) * W;
-    const S* v = c.values.data() + row(c, place(c, slot), key_head) * W;
+    const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, q.rows()) - i, slot = ctx.slot(s), N = c.tokens(slot);
+    const index_t d = config.head_width, W = c.keys.cols(), shared = config.heads / config.key_value_heads, M = n * shared;
+    const S* k = c.keys.data() + c.row(slot, key_head) * W;
+    const S* v = c.values.data() + c.row(slot, key_head) * W;
     const auto scale = static_cast<S>(config.scale);
     if (n == 0) return;
     if (M <= few) {
