@@ -27,6 +27,7 @@ struct options {
   int workers = 0;  // 0 = all processors
   std::uint64_t seed = 1;
   std::string json;
+  std::string model;  // a saved model to look at instead of one trained here; for tables about one
 
   /// One of three by the length of the run.
   template <class T>
@@ -115,6 +116,7 @@ inline int main_of(int argc, char** argv, const std::function<table(const option
   app.add_option("--workers", o.workers, "threads; 0 = all processors")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--seed", o.seed)->capture_default_str();
   app.add_option("--json", o.json, "file for the results");
+  app.add_option("--model", o.model, "a saved model to look at, for tables about a trained model")->check(CLI::ExistingFile);
   CLI11_PARSE(app, argc, argv);
   o.run = quick ? length::quick : full ? length::full : length::usual;
   if (o.workers == 0) o.workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
