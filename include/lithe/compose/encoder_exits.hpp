@@ -20,6 +20,7 @@ enum class encoder_confidence {
   relative_entropy,  ///< H / ln V < thresholds (arXiv 2004.02178, section 3.2: the speed)
   patience           ///< the answer stayed the same `patience` times in a row (arXiv 2006.04152, section 3.2); 0: all blocks
 };
+/// When a sequence has seen enough blocks of an encoder.
 struct encoder_exit_rule {
   encoder_confidence kind = encoder_confidence::never;
   std::vector<double> thresholds{0.0};  ///< one for all exits, or N - 1

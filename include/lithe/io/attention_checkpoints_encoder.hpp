@@ -17,6 +17,7 @@ using post_norm_block = sequential<residual<A>, layer_norm<S>, residual<feed_for
 template <class A, class S = typename A::scalar>
 using pre_norm_encoder_block = sequential<residual<sequential<layer_norm<S>, A>>, residual<sequential<layer_norm<S>, feed_forward<S>>>>;
 
+/// What a checkpoint of an encoder does not say itself.
 struct encoder_import {
   index_t heads = 0;       ///< of separate heads; a shared layer says it itself
   double epsilon = 1e-12;  ///< of layer norms: 1e-12 for the BERTs, 1e-5 for Whisper

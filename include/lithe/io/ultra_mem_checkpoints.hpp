@@ -43,6 +43,7 @@ void visit_ultra_mem(const ultra_mem<S, Table>& layer, F&& f, T&... structs) {
   f(ultra_mem_tensor{"values_proj.weight", {D, e.groups * e.value_width}}, structs.expansion.projection.weight...);
 }
 
+/// Where the tensors of a unit stand in a checkpoint, and how strictly they are read.
 struct ultra_mem_import {
   std::string prefix{};           ///< of the unit: "transformer.mem_blocks.{unit}."
   std::string table_prefix{};     ///< of the tables: "transformer.full_memory_layer." (V2); empty = prefix (V1)

@@ -58,6 +58,7 @@ struct calibration_config {
   risk_bound bound = risk_bound::hoeffding_bentkus;
 };
 
+/// Where leaving early is safe, and what each threshold of the grid came to.
 struct calibration_result {
   double threshold = 1;  ///< the lowest that is safe; 1 (never leave early) if none is
   index_t accepted = 0;  ///< how many of the grid were accepted

@@ -26,6 +26,7 @@ struct exit_training_record {
   std::vector<std::int32_t> exits;  // the oracle's, of each token (0: none) or sequence; or the exits of a pass
 };
 
+/// What one training pass over several exits lost.
 struct exit_training_losses {
   double decoder = 0, exit = 0;  ///< L_dec, and L_exit without its weight
   index_t counted = 0;           ///< targets

@@ -44,6 +44,7 @@ struct decomposition_options {
   std::function<void(index_t start, index_t sweep, double error)> progress{};
 };
 
+/// What a decomposition found, and how it got there.
 struct decomposition {
   key_query_factors factors;
   std::vector<double> errors;        ///< ‖T - T̂‖ / ‖T‖ of the start and after each sweep, before balancing

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "lithe/kernels/causal_conv.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"

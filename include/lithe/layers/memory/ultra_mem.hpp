@@ -16,6 +16,7 @@ namespace lithe::inline LITHE_ABI {
 /// σ⁴ = 0.2 k D / (m H (1 + s²) Dp dv L), k the feed-forward's width over D, s² the variance of the selected scores. Constants of
 /// selected scores are measured on normal inputs.
 enum class ultra_mem_start_kind { released, released_v2, paper, paper_v2 };
+/// Which of them, and what it depends on beside the layer itself.
 struct ultra_mem_start {
   ultra_mem_start_kind kind = ultra_mem_start_kind::released;
   index_t blocks = 0;       ///< L, of the whole model; the papers' starts need it
