@@ -57,6 +57,7 @@
 #include "lithe/layers/mixture_of_experts.hpp"
 #include "lithe/layers/norms.hpp"
 #include "lithe/layers/parameters.hpp"
+#include "lithe/layers/position_cache.hpp"
 #include "lithe/layers/record.hpp"
 #include "lithe/layers/attention/attention.hpp"
 #include "lithe/layers/attention/attention_base.hpp"

@@ -5,6 +5,7 @@
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/initialise.hpp"
+#include "lithe/layers/position_cache.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -30,9 +31,7 @@ struct axial_positions {
   struct gradient {
     std::vector<matrix<S>> weights;
   };
-  struct cache {
-    std::vector<index_t> lengths;
-  };
+  using cache = position_cache;
 
   std::vector<matrix<S>> weights;
   double rate = 0;
@@ -101,17 +100,11 @@ struct axial_positions {
     const scratch<index_t> at(ctx, x.rows());
     find_positions(x.rows(), at.span(), &c, ctx);
     add_positions(x, y, at.span(), ctx);
-    advance(x.rows(), c, ctx);
+    c.advance(x.rows(), ctx);
   }
-  void fill(matrix_view<const S> x, cache& c, const context& ctx) const { advance(x.rows(), c, ctx); }
-  void truncate(cache& c, index_t slot, index_t length) const {
-    auto& n = c.lengths[static_cast<std::size_t>(slot)];
-    n = std::min(n, length);
-  }
-  void permute(cache& c, std::span<const index_t> order) const {
-    const auto before = c.lengths;
-    for (std::size_t i = 0; i < order.size(); ++i) c.lengths[i] = before[static_cast<std::size_t>(order[i])];
-  }
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const { c.advance(x.rows(), ctx); }
+  void truncate(cache& c, index_t slot, index_t length) const { c.truncate(slot, length); }
+  void permute(cache& c, std::span<const index_t> order) const { c.permute(order); }
 
   [[nodiscard]] cost forward_cost(index_t) const {
     double n = 0;
@@ -163,17 +156,9 @@ struct axial_positions {
     });
   }
   void find_positions(index_t T, std::span<index_t> at, const cache* c, const context& ctx) const {
-    ctx.rows.check(who, T);
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t begin = ctx.rows.begin(s), n = ctx.rows.end(s, T) - begin;
-      const index_t start = c == nullptr ? 0 : c->lengths[static_cast<std::size_t>(ctx.slot(s))];
-      require<index_error>(start + n <= positions(), who, ": a sequence of ", start + n, " tokens is longer than the grid of ", positions(),
-                           " positions");
-      for (index_t i = 0; i < n; ++i) at[static_cast<std::size_t>(begin + i)] = start + i;
-    }
-  }
-  void advance(index_t T, cache& c, const context& ctx) const {
-    for (index_t s = 0; s < ctx.rows.count(); ++s) c.lengths[static_cast<std::size_t>(ctx.slot(s))] += ctx.rows.end(s, T) - ctx.rows.begin(s);
+    detail::find_positions(who, T, c, ctx, at, [&](index_t n) {
+      require<index_error>(n <= positions(), who, ": a sequence of ", n, " tokens is longer than the grid of ", positions(), " positions");
+    });
   }
 };
 

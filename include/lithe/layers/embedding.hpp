@@ -4,6 +4,7 @@
 #include "lithe/kernels/gather.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
+#include "lithe/layers/position_cache.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -26,9 +27,7 @@ struct embedding {
   struct gradient {
     row_gradient<S> weight, position;
   };
-  struct cache {
-    std::vector<index_t> lengths;
-  };
+  using cache = position_cache;
   static constexpr bool looks_across = true;  // through positions
 
   matrix<S> weight, position;
@@ -66,17 +65,11 @@ struct embedding {
     const scratch<slot_t> at(ctx, output_shape(ids).rows);
     find_positions(ids, at.span(), &c, ctx);
     look_up(ids, at.span(), y, ctx);
-    advance(ids, c, ctx);
+    c.advance(output_shape(ids).rows, ctx);
   }
-  void fill(input_type ids, cache& c, const context& ctx) const { advance(ids, c, ctx); }
-  void truncate(cache& c, index_t slot, index_t length) const {
-    auto& n = c.lengths[static_cast<std::size_t>(slot)];
-    n = std::min(n, length);
-  }
-  void permute(cache& c, std::span<const index_t> order) const {
-    const auto before = c.lengths;
-    for (std::size_t i = 0; i < order.size(); ++i) c.lengths[i] = before[static_cast<std::size_t>(order[i])];
-  }
+  void fill(input_type ids, cache& c, const context& ctx) const { c.advance(output_shape(ids).rows, ctx); }
+  void truncate(cache& c, index_t slot, index_t length) const { c.truncate(slot, length); }
+  void permute(cache& c, std::span<const index_t> order) const { c.permute(order); }
 
   [[nodiscard]] cost forward_cost(index_t) const {
     const double row = static_cast<double>(weight.cols()), tables = position.rows() > 0 ? 2 : 1;
@@ -90,15 +83,10 @@ struct embedding {
 
  private:
   void find_positions(input_type ids, std::span<slot_t> at, const cache* c, const context& ctx) const {
-    const index_t T = static_cast<index_t>(ids.size());
-    ctx.rows.check("embedding", T);
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t begin = ctx.rows.begin(s), n = ctx.rows.end(s, T) - begin;
-      const index_t start = c == nullptr ? 0 : c->lengths[static_cast<std::size_t>(ctx.slot(s))];
-      require<index_error>(position.rows() == 0 || start + n <= position.rows(), "embedding: a sequence of ", start + n,
-                           " tokens is longer than the ", position.rows(), " learned positions");
-      for (index_t i = 0; i < n; ++i) at[static_cast<std::size_t>(begin + i)] = static_cast<slot_t>(start + i);
-    }
+    detail::find_positions("embedding", output_shape(ids).rows, c, ctx, at, [&](index_t n) {
+      require<index_error>(position.rows() == 0 || n <= position.rows(), "embedding: a sequence of ", n, " tokens is longer than the ", position.rows(),
+                           " learned positions");
+    });
   }
   void look_up(input_type ids, std::span<const slot_t> at, matrix_view<S> y, const context& ctx) const {
     const shape out = output_shape(ids);
@@ -113,11 +101,6 @@ struct embedding {
         if (position.rows() > 0) row += position.row(at[i]);
       }
     });
-  }
-  void advance(input_type ids, cache& c, const context& ctx) const {
-    const index_t T = static_cast<index_t>(ids.size());
-    for (index_t s = 0; s < ctx.rows.count(); ++s)
-      c.lengths[static_cast<std::size_t>(ctx.slot(s))] += ctx.rows.end(s, T) - ctx.rows.begin(s);
   }
 };
 

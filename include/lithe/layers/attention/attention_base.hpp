@@ -74,14 +74,7 @@ struct attention_base {
   }
 
   attention_heads<S> heads(const char* who, index_t T, index_t N, segments key_rows, const attention_bias<S>& bias, const context& ctx) const {
-    ctx.rows.check(who, T);
-    key_rows.check(who, N);
-    require<shape_error>(key_rows.count() == ctx.rows.count(), who, ": expected as many sequences in the memory as in x, got ", key_rows.count(),
-                         " and ", ctx.rows.count());
-    require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == T, who, ": expected a mask of ", T, " rows, got ",
-                         ctx.mask.size());
-    if (bias.values.data() != nullptr) require_shape(who, "an attention bias", bias.values, config.heads * T, N);
-    if (bias.gradient.data() != nullptr) require_shape(who, "an attention bias gradient", bias.gradient, config.heads * T, N);
+    check_heads<S>(who, T, N, config.heads, key_rows, bias, ctx);
     return {config.heads, config.key_value_heads, config.head_width, static_cast<S>(config.scale), config.causal, ctx.rows, key_rows, {}, bias};
   }
 

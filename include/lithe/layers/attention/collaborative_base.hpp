@@ -141,14 +141,7 @@ struct collaborative_base {
 
   collaborative_heads<S> heads(const char* who, index_t T, index_t N, segments key_rows, const attention_bias<S>& bias, const context& ctx) const {
     const index_t H = config.heads;
-    ctx.rows.check(who, T);
-    key_rows.check(who, N);
-    require<shape_error>(key_rows.count() == ctx.rows.count(), who, ": expected as many sequences in the memory as in x, got ", key_rows.count(),
-                         " and ", ctx.rows.count());
-    require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == T, who, ": expected a mask of ", T, " rows, got ",
-                         ctx.mask.size());
-    if (bias.values.data() != nullptr) require_shape(who, "an attention bias", bias.values, H * T, N);
-    if (bias.gradient.data() != nullptr) require_shape(who, "an attention bias gradient", bias.gradient, H * T, N);
+    check_heads<S>(who, T, N, H, key_rows, bias, ctx);
     require_shape<const S>(who, "a mixing matrix", mixing, H, config.key_width);
     if (head_mask.size() != 0) require_shape<const S>(who, "a head mask", head_mask, 1, H);
     return {{H, H, config.value_width / H, static_cast<S>(config.scale), config.causal, ctx.rows, key_rows, {}, bias},
