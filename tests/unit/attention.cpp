@@ -8,6 +8,7 @@
 #include "lithe/layers/attention/cross_attention.hpp"
 #include "lithe/layers/cache.hpp"
 #include "lithe/layers/parameters.hpp"
+#include "support/matrices.hpp"
 
 namespace {
 
@@ -18,19 +19,9 @@ static_assert(cached_layer<attention<float>> && cached_layer<attention<double>>)
 static_assert(conditioned_layer<cross_attention<float>> && conditioned_layer<cross_attention<double>>);
 static_assert(!layer<cross_attention<double>>);
 
-template <class S = double>
-matrix<S> random(index_t rows, index_t cols, std::uint64_t seed, double bound = 1) {
-  matrix<S> m(rows, cols);
-  fill_uniform<S>(m, bound, rng_key{seed});
-  return m;
-}
 template <class S>
 double largest(const matrix<S>& m) {
   return m.size() == 0 ? 0 : static_cast<double>(m.cwiseAbs().maxCoeff());
-}
-template <class A, class B>
-double difference(const A& a, const B& b) {
-  return a.size() == 0 ? 0 : static_cast<double>((a.template cast<double>() - b.template cast<double>()).cwiseAbs().maxCoeff());
 }
 
 using offsets = std::vector<index_t>;

@@ -7,6 +7,7 @@
 #include "lithe/layers/parameters.hpp"
 #include "lithe/training/gradient_check.hpp"
 #include "support/malloc_count.hpp"
+#include "support/matrices.hpp"
 
 namespace {
 
@@ -15,16 +16,6 @@ using namespace lithe;
 static_assert(layer<bucket_attention<float>> && layer<bucket_attention<double>>);
 static_assert(cached_layer<bucket_attention<float>> && cached_layer<bucket_attention<double>>);
 
-template <class S = double>
-matrix<S> random(index_t rows, index_t cols, std::uint64_t seed, double bound = 1) {
-  matrix<S> m(rows, cols);
-  fill_uniform<S>(m, bound, rng_key{seed});
-  return m;
-}
-template <class A, class B>
-double difference(const A& a, const B& b) {
-  return a.size() == 0 ? 0 : static_cast<double>((a.template cast<double>() - b.template cast<double>()).cwiseAbs().maxCoeff());
-}
 
 using offsets = std::vector<index_t>;
 using bytes_mask = std::vector<std::uint8_t>;

@@ -7,6 +7,7 @@
 #include "lithe/layers/attention/collaborative_cross_attention.hpp"
 #include "lithe/layers/cache.hpp"
 #include "lithe/training/gradient_check.hpp"
+#include "support/matrices.hpp"
 
 namespace {
 
@@ -19,16 +20,6 @@ static_assert(layer<collaborative_attention<float>> && layer<collaborative>);
 static_assert(cached_layer<collaborative_attention<float>> && cached_layer<collaborative>);
 static_assert(conditioned_layer<collaborative_cross_attention<float>> && conditioned_layer<collaborative_cross>);
 
-template <class S = double>
-matrix<S> random(index_t rows, index_t cols, std::uint64_t seed, double bound = 1) {
-  matrix<S> m(rows, cols);
-  fill_uniform<S>(m, bound, rng_key{seed});
-  return m;
-}
-template <class A, class B>
-double difference(const A& a, const B& b) {
-  return a.size() == 0 ? 0 : static_cast<double>((a.template cast<double>() - b.template cast<double>()).cwiseAbs().maxCoeff());
-}
 template <class L>
 matrix<typename L::scalar> run(const L& l, const matrix<typename L::scalar>& x, const context& ctx) {
   matrix<typename L::scalar> y(x.rows(), l.config.outputs);

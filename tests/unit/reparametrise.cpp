@@ -9,21 +9,12 @@
 #include "lithe/layers/norms.hpp"
 #include "lithe/training/captured_variance.hpp"
 #include "lithe/training/head_pruning.hpp"
+#include "support/matrices.hpp"
 
 namespace {
 
 using namespace lithe;
 
-template <class S = double>
-matrix<S> random(index_t rows, index_t cols, std::uint64_t seed, double bound = 1) {
-  matrix<S> m(rows, cols);
-  fill_uniform<S>(m, bound, rng_key{seed});
-  return m;
-}
-template <class A, class B>
-double difference(const A& a, const B& b) {
-  return static_cast<double>((a.template cast<double>() - b.template cast<double>()).cwiseAbs().maxCoeff());
-}
 template <class L>
 matrix<typename L::scalar> run(const L& l, const matrix<typename L::scalar>& x) {
   const shape s = l.output_shape(x);
