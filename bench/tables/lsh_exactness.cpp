@@ -5,21 +5,12 @@
 
 #include <lithe/kernels/bucket_sort.hpp>
 
-#include <fstream>
 
 namespace {
 
 using namespace lithe;
 
 constexpr index_t length_of_text = 4096, best_keys = 32;
-
-std::vector<token_t> read_text() {
-  std::ifstream file(LITHE_DATA "/kjv_new_testament.txt", std::ios::binary);
-  std::vector<token_t> text;
-  for (char c; file.get(c);) text.push_back(static_cast<unsigned char>(c));
-  require<io_error>(!text.empty(), LITHE_DATA, "/kjv_new_testament.txt: expected a text, found none");
-  return text;
-}
 
 long_model trained(const long_config& c, std::span<const token_t> text, index_t steps, const context& base) {
   long_model model = make_model(c);
@@ -120,7 +111,7 @@ tables::table make(const tables::options& o) {
   const parallel_executor exec(o.workers);
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
-  const auto text = read_text();
+  const auto text = read_text(LITHE_DATA "/kjv_new_testament.txt");
   const std::size_t held_out = text.size() * 95 / 100;
   const index_t steps = o.pick<index_t>(3, 500, 2000);
   long_config c{.layers = 2, .features = 128, .heads = 2, .seed = o.seed};

@@ -2,6 +2,7 @@
 
 // A byte-level language model of reversible blocks for long sequences; how it is described, built and saved.
 
+#include <fstream>
 #include <lithe/io/state.hpp>
 #include <lithe/lithe.hpp>
 #include <nlohmann/json.hpp>
@@ -80,4 +81,12 @@ inline long_config read_config(const std::filesystem::path& path) {
   const auto found = metadata.find("config");
   lithe::require<lithe::io_error>(found != metadata.end(), path.string(), ": expected a model saved by long_context, found no configuration");
   return nlohmann::json::parse(found->second).get<long_config>();
+}
+
+inline std::vector<token_t> read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::vector<token_t> out;
+  for (char c; file.get(c);) out.push_back(static_cast<unsigned char>(c));
+  lithe::require<lithe::io_error>(!out.empty(), path, ": expected a text, found none");
+  return out;
 }

@@ -6,7 +6,6 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
-#include <fstream>
 #include <numbers>
 
 #include "long_model.hpp"
@@ -32,14 +31,6 @@ struct result {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 double gibibytes(long kib) { return static_cast<double>(kib) / (1024.0 * 1024.0); }
-
-std::vector<token_t> read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::vector<token_t> out;
-  for (char c; file.get(c);) out.push_back(static_cast<unsigned char>(c));
-  lithe::require<lithe::io_error>(!out.empty(), path, ": expected a text, found none");
-  return out;
-}
 
 result train(const long_config& c, const run_config& r) {
   const auto text = read_text(r.text);
