@@ -13,16 +13,10 @@ using lithe::index_t;
 using lithe::matrix;
 using lithe::token_t;
 
-template <class Layer>
-using part_of = lithe::residual<lithe::sequential<lithe::layer_norm<real>, Layer, lithe::dropout<real>>>;
-using attention_part = part_of<lithe::attention<real>>;
-using dense_part = part_of<lithe::feed_forward<real>>;
-using memory_part = part_of<lithe::product_key_memory<real>>;
-using ultra_mem_part = part_of<lithe::ultra_mem<real>>;
-using experts_part = part_of<lithe::mixture_of_experts<real>>;
-
-// A block is an attention part and one or two others, in a row with those of all blocks.
-using model_part = lithe::one_of<attention_part, dense_part, memory_part, ultra_mem_part, experts_part>;
+// A block is an attention part and one or two others, in a row with those of all blocks. The choice stands innermost: what is around it is compiled once.
+using part_layer = lithe::one_of<lithe::attention<real>, lithe::feed_forward<real>, lithe::product_key_memory<real>, lithe::ultra_mem<real>,
+                                 lithe::mixture_of_experts<real>>;
+using model_part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, part_layer, lithe::dropout<real>>>;
 using language_model = lithe::sequential<lithe::embedding<real>, lithe::stack<model_part>, lithe::layer_norm<real>, lithe::linear<real>>;
 
 inline constexpr index_t byte_values = 256;
@@ -67,8 +61,8 @@ inline language_model make_model(const model_config& c) {
   stack<model_part> parts;
   for (index_t i = 0; i < c.layers; ++i) {
     const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
-    const auto add = [&]<class Layer>(Layer layer) {
-      parts.blocks.emplace_back(part_of<Layer>{sequential(layer_norm<real>(c.features), std::move(layer), dropout<real>(c.dropout))});
+    const auto add = [&](part_layer layer) {
+      parts.blocks.push_back({sequential(layer_norm<real>(c.features), std::move(layer), dropout<real>(c.dropout))});
     };
     const bool here = c.feed_forward != "dense" && std::find(c.memory_at.begin(), c.memory_at.end(), i) != c.memory_at.end();
     add(attention<real>({.inputs = c.features, .heads = c.heads, .causal = c.objective == "causal"}, k.child(0)));
@@ -89,10 +83,12 @@ inline language_model make_model(const model_config& c) {
 /// f(memory, its record) for every product-key memory of a model.
 template <class F>
 void for_each_memory(const language_model& model, const language_model::record& r, F&& f) {
+  using memory = lithe::product_key_memory<real>;
   const auto& parts = std::get<1>(model.layers).blocks;
   const auto& records = std::get<1>(r.layers).blocks;
   for (std::size_t i = 0; i < parts.size(); ++i)
-    if (const auto* p = std::get_if<memory_part>(&parts[i].value)) f(std::get<1>(p->inner.layers), std::get<1>(std::get<2>(records[i].value).layers));
+    if (const auto* m = std::get_if<memory>(&std::get<1>(parts[i].inner.layers).value))
+      f(*m, std::get<memory::record>(std::get<1>(records[i].layers).value));
 }
 
 inline std::string config_text(const model_config& c) { return nlohmann::json(c).dump(); }

@@ -1,8 +1,10 @@
 #pragma once
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "lithe/core/config.hpp"
 
@@ -29,19 +31,43 @@ struct io_error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+namespace detail {
+
+/// One piece of a message, its type forgotten, so that one function writes all sentences of the library.
+struct message_piece {
+  const void* value;
+  void (*write)(std::ostream& out, const void* value);
+};
+template <class T>
+message_piece piece_of(const T& value) {
+  if constexpr (std::is_array_v<T>)
+    return {value, [](std::ostream& out, const void* text) { out << static_cast<const char*>(text); }};
+  else
+    return {&value, [](std::ostream& out, const void* v) { out << *static_cast<const T*>(v); }};
+}
+[[gnu::cold, gnu::noinline]] inline std::string write_pieces(std::initializer_list<message_piece> pieces) {
+  std::ostringstream out;
+  for (const auto& p : pieces) p.write(out, p.value);
+  return std::move(out).str();
+}
+template <class Error>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(std::initializer_list<message_piece> pieces) {
+  throw Error(write_pieces(pieces));
+}
+
+}  // namespace detail
+
 /// The arguments, written one after the other: messages are built from pieces only when they are thrown.
 template <class... T>
 [[nodiscard]] std::string concat(const T&... pieces) {
-  std::ostringstream out;
-  (out << ... << pieces);
-  return std::move(out).str();
+  return detail::write_pieces({detail::piece_of(pieces)...});
 }
 
 /// Throws `Error` with the sentence made of `pieces` unless `condition` holds.
 template <class Error, class... T>
 void require(bool condition, const T&... pieces) {
   if (!condition) [[unlikely]]
-    throw Error(concat(pieces...));
+    detail::fail<Error>({detail::piece_of(pieces)...});
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <concepts>
+#include <string_view>
 
 #include "lithe/core/context.hpp"
 #include "lithe/layers/record.hpp"
@@ -23,10 +24,10 @@ enum class role { parameter, state };
 
 /// The name of a field in `visit`, and its role.
 struct field {
-  std::string name;
+  std::string_view name;  // lives as long as the call that it is an argument of
   role kind = role::parameter;
   field(const char* n, role k = role::parameter) : name(n), kind(k) {}
-  field(std::string n, role k = role::parameter) : name(std::move(n)), kind(k) {}
+  field(const std::string& n, role k = role::parameter) : name(n), kind(k) {}
 };
 
 /// Rows of another sequence (an encoder's output) and where its sequences begin: sequence i of x sees sequence i of the memory.

@@ -8,6 +8,18 @@
 
 namespace lithe::inline LITHE_ABI {
 
+namespace detail {
+
+/// "prefix.name", or the one of them that is not empty.
+[[gnu::cold, gnu::noinline]] inline std::string join_names(const std::string& prefix, std::string_view name) {
+  std::string joined = prefix;
+  if (!prefix.empty() && !name.empty()) joined += '.';
+  joined += name;
+  return joined;
+}
+
+}  // namespace detail
+
 /// Depth-first walk over a model and any number of structs of the same tree (gradients, copies) in lockstep: node(prefix, model,
 /// others...) at every layer, leaf(name, role, tensor, others...) at every tensor. Names are joined with dots.
 template <class Node, class Leaf, class First, class... Rest>
@@ -15,7 +27,7 @@ void walk(Node&& node, Leaf&& leaf, const std::string& prefix, First& first, Res
   node(prefix, first, rest...);
   std::remove_const_t<First>::visit(
       [&](const field& f, auto& a, auto&... b) {
-        const std::string name = prefix.empty() || f.name.empty() ? prefix + f.name : prefix + "." + f.name;
+        const std::string name = detail::join_names(prefix, f.name);
         if constexpr (has_parameters<std::remove_cvref_t<decltype(a)>>)
           walk(node, leaf, name, a, b...);
         else

@@ -114,7 +114,7 @@ void reparametrise_walk(const std::string& prefix, const From& from, To& to, con
   } else {
     From::visit(
         [&](const field& f, const auto& a, auto& b) {
-          const std::string name = prefix.empty() || f.name.empty() ? prefix + f.name : prefix + "." + f.name;
+          const std::string name = detail::join_names(prefix, f.name);
           if constexpr (has_parameters<std::remove_cvref_t<decltype(a)>>)
             reparametrise_walk(name, a, b, o, ctx, report);
           else

@@ -17,7 +17,7 @@ void decompose_cores(matrix_view<const S> cores, index_t heads, index_t head, F&
     square sum = square::Zero(r, r);
     for (index_t at = head * r; at < cores.rows(); at += heads * r) sum += cores.slice_rows(at, r).map().template cast<double>();
     if (!sum.allFinite()) return;
-    const Eigen::JacobiSVD<square> svd(sum, Eigen::ComputeFullU | Eigen::ComputeFullV);
+    const Eigen::JacobiSVD<square, Eigen::NoQRPreconditioner> svd(sum, Eigen::ComputeFullU | Eigen::ComputeFullV);
     f(svd.matrixU(), svd.singularValues(), svd.matrixV());
   };
   if (r <= 8)
