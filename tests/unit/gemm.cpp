@@ -218,14 +218,14 @@ TYPED_TEST(gemm, elements_are_chains_in_order_so_rows_do_not_know_each_other) {
 }
 TYPED_TEST(gemm, with_a_packed_weight_rows_have_the_same_bits_however_many_there_are) {
   using S = TypeParam;
-  operands<S> o(kind::packed, 23, 150, 600, 1);
+  operands<S> o(kind::packed, 23, 300, 600, 1);
   o.multiply({});
   packed_matrix<S> w;
   w.assign(o.b.view());
   for (const index_t rows : {1, 2, 3, 5, 7, 8, 16})
     for (index_t i = 0; i < 23; i += rows) {
       const index_t n = std::min<index_t>(rows, 23 - i);
-      matrix<S> part(n, 150);
+      matrix<S> part(n, 300);
       gemm_packed<S>(o.a.view().slice_rows(i, n), w, part, {});
       EXPECT_TRUE(same_bits<S>(part, o.c.view().slice_rows(i, n).map())) << rows << " rows at " << i;
     }

@@ -51,6 +51,11 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
   if (p.b_storage == storage::transposed && p.rows < few_rows)
     return dot_rows(rows, cols, p.depth, p.a + first_row * p.a_row, p.a_row, p.b + first_col * p.b_stride, p.b_stride,
                     p.c + first_row * p.c_stride + first_col, p.c_stride, p.add);
+  if (p.b_storage == storage::panels && p.rows == 1) {
+    constexpr index_t step = row_panels * shape::width;
+    for (; cols >= step; first_col += step, cols -= step) multiply_row(p.depth, p.a, p.b + first_col * p.depth, p.c + first_col, p.add);
+    if (cols == 0) return;
+  }
   const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
   const bool in_place = shallow || (by_rows && p.b_stride * std::min(p.depth, least_depth) <= cached_size);
   const index_t limit = shallow ? shallow_depth : in_place ? cached_size / std::max<index_t>(1, p.b_stride) : by_rows ? block_depth : panel_depth;

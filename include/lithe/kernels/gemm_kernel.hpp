@@ -100,6 +100,34 @@ void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_
   }
 }
 
+inline constexpr index_t row_panels = 4;  // read at once by multiply_row: as many streams keep more of the memory's requests in flight
+
+/// c = (add ? c : 0) + Σ_k a[k] b(k, :) for one row of a and `row_panels` whole panels that lie one after the other, [depth x width] each; the
+/// bits are those of multiply_tile.
+template <class S>
+void multiply_row(index_t depth, const S* a, const S* b, S* c, bool add) {
+  using namespace Eigen::internal;
+  using packet = typename tile_shape<S>::packet;
+  constexpr index_t lanes = tile_shape<S>::lanes, width = tile_shape<S>::width;
+  constexpr int P = row_panels, V = tile_shape<S>::vectors;
+  packet sum[P][V];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[p][v] = add ? ploadu<packet>(c + p * width + v * lanes) : pset1<packet>(S(0));
+  for (index_t k = 0; k < depth; ++k, b += width) {
+    const packet x = pset1<packet>(a[k]);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[p][v] = pmadd(x, ploadu<packet>(b + p * depth * width + v * lanes), sum[p][v]);
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) pstoreu(c + p * width + v * lanes, sum[p][v]);
+}
+
 /// panel[k * width + j] = w[j * stride + k] for j < cols, zero for the columns up to `width` (a multiple of the packet): a transpose.
 template <class S>
 void pack_transposed(const S* w, index_t stride, index_t cols, index_t depth, S* panel, index_t width) {
