@@ -8,7 +8,8 @@ of single rounds, so that a machine that changes its speed changes both sides. P
 into the cache folder if the system has only the reference BLAS), and ONNX Runtime by `npm install --ignore-scripts
 onnxruntime-node` into the cache folder. A peer that is missing leaves its column empty and says why.
 
---builds also builds lithe_bench for x86-64-v3 (AVX2) and with Eigen's path alone, and adds their columns.
+--builds also builds lithe_bench for x86-64-v3 (AVX2) and with Eigen's path alone, and adds their columns. --memory compares peak
+memory instead.
 """
 import argparse
 import json
@@ -43,6 +44,7 @@ CASES = {
     "attention/lsh_layer/length:16384/rounds:8": ("token", 12, 0, 0),
     "language_model/train/layers:3/features:128": ("token", 4, 0, 0),
 }
+MEMORY_CASES = ["attention/lsh_layer/length:4096/rounds:8", "attention/lsh_layer/length:16384/rounds:8"]
 LIMITS = ["limit/gemm", "limit/stream", "limit/random_rows/cols:1024"]
 BUILDS = {"AVX2": "-O3 -march=x86-64-v3 -DNDEBUG", "Eigen": "-O3 -march=native -DLITHE_EIGEN_KERNELS -DNDEBUG"}
 
@@ -52,6 +54,7 @@ class Peer:
 
     def __init__(self, command, env=None, missing=None):
         self.missing, self.process, self.version, self.notes = missing, None, "", {}
+        self.command, self.env = command, env
         if missing is None:
             complaints = tempfile.TemporaryFile("w+")
             try:
@@ -150,6 +153,24 @@ class Bench:
         return f"{self.context.get('compiler', '?')}, {self.context.get('flags', '?')}, kernels {self.context.get('kernels', '?')}"
 
 
+def peak_mib(command, text="", env=None):
+    """The operating system's count of a process's largest memory."""
+    process = subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, env=env)
+    process.stdin.write(text)
+    process.stdin.close()
+    return os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+
+
+def print_memory(bench, torch):
+    """What a case adds to the memory of a process that has loaded its program and nothing else."""
+    print("| case | Lithe MiB | PyTorch MiB | PyTorch / Lithe |\n|---|---|---|---|")
+    for case in MEMORY_CASES:
+        filtered = lambda name: [bench.program, f"--benchmark_filter=^{name}$", "--benchmark_min_time=0.01"]
+        ours = peak_mib(filtered(f"{case}/workers:{bench.threads}/real_time")) - peak_mib(filtered("nothing"))
+        theirs = peak_mib(torch.command, case + "\n", torch.env) - peak_mib(torch.command, "", torch.env)
+        print(f"| {case} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.1f} |", flush=True)
+
+
 def build_variants(threads, seconds):
     benches = {}
     for name, flags in BUILDS.items():
@@ -205,6 +226,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--bench", type=pathlib.Path, default=ROOT / "build/release/bench/lithe_bench", help="our program")
     options.add_argument("--builds", action="store_true", help="also build and time the AVX2 and the Eigen-only kernels")
+    options.add_argument("--memory", action="store_true", help="the peak memory of long attention instead of times")
     options.add_argument("--cases", default="", help="regular expression: only these")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=0.5, help="time for a case, side and round")
@@ -220,6 +242,8 @@ def main():
     peers = {"PyTorch": torch_peer(options.cache.resolve(), options.threads, options.seconds),
              "ONNX Runtime": onnx_peer(options.cache.resolve(), options.threads, options.seconds)}
 
+    if options.memory:
+        return print_memory(benches["Lithe"], peers["PyTorch"])
     cases = [c for c in CASES if re.search(options.cases, c)]
     samples, limits = {c: [] for c in cases}, {c: [] for c in LIMITS}
     for number in range(options.rounds):
