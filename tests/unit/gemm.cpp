@@ -230,6 +230,26 @@ TYPED_TEST(gemm, with_a_packed_weight_rows_have_the_same_bits_however_many_there
       EXPECT_TRUE(same_bits<S>(part, o.c.view().slice_rows(i, n).map())) << rows << " rows at " << i;
     }
 }
+TYPED_TEST(gemm, starts_from_a_row_as_it_adds_to_that_row_repeated) {
+  using S = TypeParam;
+  for (const index_t m : {1, 2, 7, 8, 41})
+    for (const index_t n : {5, 64, 83, 300})
+      for (const kind which : {kind::nt, kind::packed}) {
+        operands<S> o(which, m, n, 1100, 1);
+        const matrix<S> row = matrix<S>::Random(1, n);
+        o.c.view().map() = row.replicate(m, 1);
+        const bool packed = which == kind::packed;
+        packed_matrix<S> w;
+        if (packed) w.assign(o.b.view());
+        matrix<S> c = matrix<S>::Constant(m, n, S(7));
+        if (packed)
+          gemm_packed<S>(o.a.view(), w, c, {}, update::assign, row.data());
+        else
+          gemm_nt<S>(o.a.view(), o.b.view(), c, {}, update::assign, row.data());
+        o.multiply({}, update::add);
+        EXPECT_TRUE(same_bits<S>(c, o.c.view().map())) << m << " x " << n << (packed ? " packed" : "");
+      }
+}
 TYPED_TEST(gemm, of_few_rows_has_the_same_bits_for_one_to_seven_rows) {
   using S = TypeParam;
   operands<S> o(kind::nt, 7, 150, 605, 1);

@@ -25,14 +25,6 @@ void subtract(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
                 [&](index_t first, index_t last) { y.slice_rows(first, last - first).map() -= x.slice_rows(first, last - first).map(); });
 }
 
-/// Every row of y += b, b [1 x cols].
-template <class S>
-void add_to_rows(matrix_view<const S> b, matrix_view<S> y, const context& ctx) {
-  ctx.exec->run(y.rows(), detail::grain_rows(y.cols()), [&](index_t first, index_t last) {
-    for (index_t t = first; t < last; ++t) y.row_array(t) += b.row_array(0);
-  });
-}
-
 /// sums += the sum of the rows of x, sums [1 x cols]. Rows are added in blocks, so that a float sum over 64K rows stays close to the
 /// double one; columns are shared out, so the order never depends on the workers.
 template <class S>

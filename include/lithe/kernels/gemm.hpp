@@ -17,7 +17,7 @@ enum class storage {
   panels       // by packed_matrix
 };
 
-/// c (+)= a b with a(i, k) at a[i * a_row + k * a_k].
+/// c = begin + a b with a(i, k) at a[i * a_row + k * a_k].
 template <class S>
 struct product {
   index_t rows, cols, depth;
@@ -28,7 +28,7 @@ struct product {
   storage b_storage;
   S* c;
   index_t c_stride;
-  bool add;
+  start<S> begin;
 };
 
 inline constexpr index_t few_rows = 8;         // of c: from here on a transposed b is worth packing
@@ -50,10 +50,11 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
   using shape = tile_shape<S>;
   if (p.b_storage == storage::transposed && p.rows < few_rows)
     return dot_rows(rows, cols, p.depth, p.a + first_row * p.a_row, p.a_row, p.b + first_col * p.b_stride, p.b_stride,
-                    p.c + first_row * p.c_stride + first_col, p.c_stride, p.add);
+                    p.c + first_row * p.c_stride + first_col, p.c_stride, p.begin.at(first_row, first_col));
   if (p.b_storage == storage::panels && p.rows == 1) {
     constexpr index_t step = row_panels * shape::width;
-    for (; cols >= step; first_col += step, cols -= step) multiply_row(p.depth, p.a, p.b + first_col * p.depth, p.c + first_col, p.add);
+    for (; cols >= step; first_col += step, cols -= step)
+      multiply_row(p.depth, p.a, p.b + first_col * p.depth, p.c + first_col, p.begin.at(0, first_col));
     if (cols == 0) return;
   }
   const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
@@ -68,7 +69,7 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
   S edge[shape::rows * shape::width];
   for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += longest) {
     const index_t depth = std::min(p.depth - k0, longest);
-    const bool add = p.add || k0 != 0;
+    const start<S> begin = (k0 != 0 ? start<S>{p.c, p.c_stride} : p.begin).at(first_row, 0);
     const S* a = p.a + first_row * p.a_row + k0 * p.a_k;
     index_t a_row = p.a_row, a_k = p.a_k;
     if (pack_a) {
@@ -98,18 +99,29 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
       const int vectors = static_cast<int>(width / shape::lanes);
       S* c = p.c + first_row * p.c_stride + j;
       if (n == width) {
-        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, add);
+        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, begin.at(0, j));
         continue;
       }
       // A last packet that reaches over the edge goes through a tile of its own.
       for (index_t i = 0; i < rows; i += shape::rows) {
         const index_t m = std::min<index_t>(rows - i, shape::rows);
-        for (index_t r = 0; add && r < m; ++r) std::fill(std::copy_n(c + (i + r) * p.c_stride, n, edge + r * width), edge + (r + 1) * width, S(0));
-        multiply_panel<S>(vectors, m, depth, a + i * a_row, a_row, a_k, b, b_k, edge, width, add);
+        const start<S> here = begin.at(i, j);
+        for (index_t r = 0; r < m; ++r) {
+          S* to = here.from == nullptr ? edge + r * width : std::copy_n(here.from + r * here.row, n, edge + r * width);
+          std::fill(to, edge + (r + 1) * width, S(0));
+        }
+        multiply_panel<S>(vectors, m, depth, a + i * a_row, a_row, a_k, b, b_k, edge, width, {edge, width});
         for (index_t r = 0; r < m; ++r) std::copy_n(edge + r * width, n, c + (i + r) * p.c_stride);
       }
     }
   }
+}
+
+/// What a product of this mode starts from; `row` is added to every row of c.
+template <class S>
+start<S> start_of(matrix_view<S> c, update mode, const S* row) {
+  LITHE_ASSERT(mode == update::assign || row == nullptr);
+  return mode == update::add ? start<S>{c.data(), c.stride()} : start<S>{row, 0};
 }
 
 template <class S>
@@ -143,12 +155,13 @@ void multiply(const product<S>& p, const context& ctx) {
 
 }  // namespace detail
 
-/// c = a bᵀ or c += a bᵀ; a [m x k], b [n x k], c [m x n].
+/// c = 1 rowᵀ + a bᵀ or c += a bᵀ; a [m x k], b [n x k], c [m x n], row [n] or null for none.
 template <class S>
-void gemm_nt(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
+void gemm_nt(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign,
+             const S* row = nullptr) {
   LITHE_ASSERT(a.cols() == b.cols() && c.rows() == a.rows() && c.cols() == b.rows());
   detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::transposed, c.data(), c.stride(),
-                       mode == update::add},
+                       detail::start_of(c, mode, row)},
                       ctx);
 }
 
@@ -156,18 +169,18 @@ void gemm_nt(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, c
 template <class S>
 void gemm_nn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == b.rows() && c.rows() == a.rows() && c.cols() == b.cols());
-  detail::multiply<S>(
-      {c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(), mode == update::add},
-      ctx);
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
+                       detail::start_of<S>(c, mode, nullptr)},
+                      ctx);
 }
 
 /// c = aᵀ b or c += aᵀ b; a [k x m], b [k x n], c [m x n].
 template <class S>
 void gemm_tn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.rows() == b.rows() && c.rows() == a.cols() && c.cols() == b.cols());
-  detail::multiply<S>(
-      {c.rows(), c.cols(), a.rows(), a.data(), 1, a.stride(), b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(), mode == update::add},
-      ctx);
+  detail::multiply<S>({c.rows(), c.cols(), a.rows(), a.data(), 1, a.stride(), b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
+                       detail::start_of<S>(c, mode, nullptr)},
+                      ctx);
 }
 
 /// A weight [n x k] stored so that products x wᵀ need no packing: panels of tile_shape<S>::width rows of w, each transposed, the
@@ -195,12 +208,14 @@ class packed_matrix {
   matrix<S> panels_;
 };
 
-/// c = a wᵀ or c += a wᵀ for a packed w; a [m x k], w [n x k], c [m x n].
+/// c = 1 rowᵀ + a wᵀ or c += a wᵀ for a packed w; a [m x k], w [n x k], c [m x n], row [n] or null for none.
 template <class S>
-void gemm_packed(matrix_view<const S> a, const packed_matrix<S>& w, matrix_view<S> c, const context& ctx, update mode = update::assign) {
+void gemm_packed(matrix_view<const S> a, const packed_matrix<S>& w, matrix_view<S> c, const context& ctx, update mode = update::assign,
+                 const S* row = nullptr) {
   LITHE_ASSERT(a.cols() == w.cols() && c.rows() == a.rows() && c.cols() == w.rows());
-  detail::multiply<S>(
-      {c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data(), 0, detail::storage::panels, c.data(), c.stride(), mode == update::add}, ctx);
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data(), 0, detail::storage::panels, c.data(), c.stride(),
+                       detail::start_of(c, mode, row)},
+                      ctx);
 }
 
 }  // namespace lithe::inline LITHE_ABI

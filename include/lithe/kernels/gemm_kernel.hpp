@@ -26,10 +26,19 @@ struct tile_shape {
   static constexpr index_t width = vectors * lanes;  // 64 floats with AVX-512, 16 with AVX2
 };
 
-/// c = (add ? c : 0) + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
+/// What the elements of a product start from: row i, column j at `from[i * row + j]`, or zero. c itself, when the product is added to it; with
+/// row = 0 one row for all.
+template <class S>
+struct start {
+  const S* from = nullptr;
+  index_t row = 0;
+  [[nodiscard]] start at(index_t i, index_t j) const { return from == nullptr ? start{} : start{from + i * row + j, row}; }
+};
+
+/// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
 /// b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k, whatever R and V are.
 template <class S, int R, int V>
-void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, bool add) {
+void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, start<S> begin) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
@@ -41,7 +50,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[i][v] = add ? ploadu<packet>(c + i * c_row + v * lanes) : pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[i][v] = begin.from != nullptr ? ploadu<packet>(begin.from + i * begin.row + v * lanes) : pset1<packet>(S(0));
   for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
     packet row[V];
 #pragma GCC unroll 8
@@ -61,23 +70,25 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
 
 /// The same for `rows` rows, cut into tiles.
 template <class S, int V>
-void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, bool add) {
+void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
+                   start<S> begin) {
   constexpr index_t full = tile_shape<S>::rows;
   index_t i = 0;
-  for (; i + full <= rows; i += full) multiply_tile<S, full, V>(depth, a + i * a_row, a_row, a_k, b, b_k, c + i * c_row, c_row, add);
+  for (; i + full <= rows; i += full) multiply_tile<S, full, V>(depth, a + i * a_row, a_row, a_k, b, b_k, c + i * c_row, c_row, begin.at(i, 0));
   a += i * a_row;
   c += i * c_row;
+  begin = begin.at(i, 0);
   switch (rows - i) {
     case 1:
-      return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     case 2:
-      return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     case 3:
-      return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     case 4:
-      return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     case 5:
-      return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     default:
       return;
   }
@@ -86,26 +97,26 @@ void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index
 /// The same for a panel of `vectors` packets, at most tile_shape<S>::vectors.
 template <class S>
 void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
-                    bool add) {
+                    start<S> begin) {
   switch (vectors) {
     case 1:
-      return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     case 2:
-      return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
     case 3:
-      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 3>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 3>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
       break;
     default:
-      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 4>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, add);
+      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 4>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
   }
 }
 
 inline constexpr index_t row_panels = 4;  // read at once by multiply_row: as many streams keep more of the memory's requests in flight
 
-/// c = (add ? c : 0) + Σ_k a[k] b(k, :) for one row of a and `row_panels` whole panels that lie one after the other, [depth x width] each; the
+/// c = begin + Σ_k a[k] b(k, :) for one row of a and `row_panels` whole panels that lie one after the other, [depth x width] each; the
 /// bits are those of multiply_tile.
 template <class S>
-void multiply_row(index_t depth, const S* a, const S* b, S* c, bool add) {
+void multiply_row(index_t depth, const S* a, const S* b, S* c, start<S> begin) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes, width = tile_shape<S>::width;
@@ -114,7 +125,7 @@ void multiply_row(index_t depth, const S* a, const S* b, S* c, bool add) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[p][v] = add ? ploadu<packet>(c + p * width + v * lanes) : pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[p][v] = begin.from != nullptr ? ploadu<packet>(begin.from + p * width + v * lanes) : pset1<packet>(S(0));
   for (index_t k = 0; k < depth; ++k, b += width) {
     const packet x = pset1<packet>(a[k]);
 #pragma GCC unroll 8

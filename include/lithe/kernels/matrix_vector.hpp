@@ -24,10 +24,10 @@ S fold(const typename tile_shape<S>::packet& p) {
   }
 }
 
-/// c[i * c_row + j] = (add ? c : 0) + Σ_k a[i * a_row + k] w[j * w_row + k] for R rows of a and N rows of w. The bits of an element
+/// c[i * c_row + j] = begin + Σ_k a[i * a_row + k] w[j * w_row + k] for R rows of a and N rows of w. The bits of an element
 /// depend on neither R nor N: packets of partial sums, folded, then the terms after the last whole packet.
 template <class S, int R, int N>
-void dot_tile(index_t depth, const S* a, index_t a_row, const S* w, index_t w_row, S* c, index_t c_row, bool add) {
+void dot_tile(index_t depth, const S* a, index_t a_row, const S* w, index_t w_row, S* c, index_t c_row, start<S> begin) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
@@ -52,23 +52,23 @@ void dot_tile(index_t depth, const S* a, index_t a_row, const S* w, index_t w_ro
     for (int j = 0; j < N; ++j) {
       S total = fold<S>(sum[i][j]);
       for (index_t t = k; t < depth; ++t) total += a[i * a_row + t] * w[j * w_row + t];
-      S& out = c[i * c_row + j];
-      out = add ? out + total : total;
+      c[i * c_row + j] = begin.from != nullptr ? begin.from[i * begin.row + j] + total : total;
     }
 }
 
 /// The same for any number of rows of a and of w: each row of w is read from memory once.
 template <class S>
-void dot_rows(index_t rows, index_t cols, index_t depth, const S* a, index_t a_row, const S* w, index_t w_row, S* c, index_t c_row, bool add) {
+void dot_rows(index_t rows, index_t cols, index_t depth, const S* a, index_t a_row, const S* w, index_t w_row, S* c, index_t c_row, start<S> begin) {
   constexpr int wide = dot_columns, tall = tile_shape<S>::vectors, half = wide / 2;  // `tall` rows by `half` fill the registers
-  for (; cols >= wide; cols -= wide, w += wide * w_row, c += wide) {
+  for (; cols >= wide; cols -= wide, w += wide * w_row, c += wide, begin = begin.at(0, wide)) {
     index_t i = 0;
     for (; i + tall <= rows; i += tall)
-      for (int j = 0; j < wide; j += half) dot_tile<S, tall, half>(depth, a + i * a_row, a_row, w + j * w_row, w_row, c + i * c_row + j, c_row, add);
-    for (; i < rows; ++i) dot_tile<S, 1, wide>(depth, a + i * a_row, a_row, w, w_row, c + i * c_row, c_row, add);
+      for (int j = 0; j < wide; j += half)
+        dot_tile<S, tall, half>(depth, a + i * a_row, a_row, w + j * w_row, w_row, c + i * c_row + j, c_row, begin.at(i, j));
+    for (; i < rows; ++i) dot_tile<S, 1, wide>(depth, a + i * a_row, a_row, w, w_row, c + i * c_row, c_row, begin.at(i, 0));
   }
-  for (; cols > 0; --cols, w += w_row, ++c)
-    for (index_t i = 0; i < rows; ++i) dot_tile<S, 1, 1>(depth, a + i * a_row, a_row, w, w_row, c + i * c_row, c_row, add);
+  for (; cols > 0; --cols, w += w_row, ++c, begin = begin.at(0, 1))
+    for (index_t i = 0; i < rows; ++i) dot_tile<S, 1, 1>(depth, a + i * a_row, a_row, w, w_row, c + i * c_row, c_row, begin.at(i, 0));
 }
 
 }  // namespace lithe::inline LITHE_ABI::detail

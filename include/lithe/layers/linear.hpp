@@ -42,11 +42,11 @@ struct linear {
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape("linear", "y", y, out.rows, out.cols);
+    const S* start = bias.size() != 0 ? bias.data() : nullptr;
     if (packed.empty())
-      gemm_nt<S>(x, weight, y, ctx);
+      gemm_nt<S>(x, weight, y, ctx, update::assign, start);
     else
-      gemm_packed<S>(x, packed, y, ctx);
-    if (bias.size() != 0) add_to_rows<S>(bias, y, ctx);
+      gemm_packed<S>(x, packed, y, ctx, update::assign, start);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record&, const context& ctx) const { forward(x, y, ctx); }
 
