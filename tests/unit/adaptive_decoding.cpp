@@ -13,6 +13,7 @@
 #include "lithe/layers/attention/attention.hpp"
 #include "lithe/layers/embedding.hpp"
 #include "lithe/layers/feed_forward.hpp"
+#include "lithe/layers/halting_sequence.hpp"
 #include "lithe/layers/parameters.hpp"
 #include "support/malloc_count.hpp"
 
@@ -184,6 +185,45 @@ TEST(decoding, exits_planned_for_each_sequence) {
     EXPECT_EQ(out.exits[i], std::vector<std::int32_t>(12, planned));
     EXPECT_EQ(out.tokens[i], run(truncated(m, planned), {}, {starts[i]}).tokens[0]);
   }
+}
+
+TEST(decoding, sequence_level_exits_from_the_mean_of_the_prompts_first_block_states) {
+  // What a decoder without an encoder has to plan by (arXiv 1910.10073, section 4.1).
+  const auto m = make_model();
+  const sequence_halting<double> head({.features = features, .outputs = depth}, {70});
+  const prompts_type prompts{{0, 4, 2}, {3, 3}, {5, 1, 7, 2}, {8, 6}, {2}};
+  const auto planned = [&](const prompts_type& p) {
+    std::vector<token_t> ids;
+    std::vector<index_t> offsets{0};
+    for (const auto& text : p) {
+      ids.insert(ids.end(), text.begin(), text.end());
+      offsets.push_back(std::ssize(ids));
+    }
+    context ctx;
+    ctx.rows = {offsets};
+    matrix<double> x(std::ssize(ids), features), h(x.rows(), features), log_q(std::ssize(p), depth);
+    tokens().forward(ids, x, ctx);
+    m.stack.block(1).forward(x, h, ctx);
+    head.forward(h, log_q, ctx);
+    std::vector<std::int32_t> exits(p.size());
+    most_probable_exits<double>(log_q, exits);
+    return exits;
+  };
+  const auto exits = planned(prompts);
+  EXPECT_GT(std::set<std::int32_t>(exits.begin(), exits.end()).size(), 1U);
+  const auto out = run(m, {.exits = exits}, prompts);
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    EXPECT_EQ(planned({prompts[i]})[0], exits[i]);
+    EXPECT_EQ(out.exits[i], std::vector<std::int32_t>(12, exits[i]));
+  }
+}
+
+TEST(generation, reports_mean_exit_and_histogram) {
+  generation g;
+  g.exits = {{1, 4, 1}, {}, {2}};
+  EXPECT_EQ(g.histogram(4), (std::vector<index_t>{2, 1, 0, 1}));
+  EXPECT_DOUBLE_EQ(g.mean_exit(), 2);
+  EXPECT_EQ(generation{}.mean_exit(), 0);
 }
 
 TEST(decoding, tied_blocks_have_a_cache_at_each_depth) {
@@ -538,6 +578,18 @@ TEST(cross_attention_decoding, equals_the_full_pass_and_projects_the_memory_once
   e.forward(fed, x, ctx);
   m.forward(x, view_of_memory, logits, ctx);
   EXPECT_LT((logits.bottomRows(18) - out.logits).cwiseAbs().maxCoeff(), grouping);
+}
+
+TEST(cross_attention_decoding, another_number_of_sources_than_prompts_is_refused) {
+  const auto m = make_model<cross_block>();
+  const auto memory = random_matrix(6, 5, 3);
+  const std::vector<index_t> sources{0, 2, 6};
+  try {
+    (void)run(m, {}, starts, 2, -1, {memory, {sources}});
+    FAIL() << "five prompts read two sources";
+  } catch (const shape_error& e) {
+    EXPECT_STREQ(e.what(), "exit_decoder: expected a sequence of the memory for each of 5 prompts, got 2");
+  }
 }
 
 TEST(cross_attention_decoding, blocks_that_nobody_reaches_never_see_the_memory) {
