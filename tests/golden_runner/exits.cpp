@@ -1,5 +1,6 @@
 #include "golden_runner/golden_case.hpp"
-#include "lithe/compose/adaptive_depth_generate.hpp"
+#include "lithe/compose/exit_decoder.hpp"
+#include "lithe/compose/generator.hpp"
 #include "lithe/compose/residual.hpp"
 #include "lithe/compose/sequential.hpp"
 #include "lithe/layers/attention/attention.hpp"
@@ -472,16 +473,21 @@ void run_decode(golden_case<S>& c) {
   const index_t steps = j.at("max_steps");
   std::vector<std::vector<token_t>> prompts;
   for (const auto t : c.file.template read<token_t>("input.start")) prompts.push_back({t});
-  generation_config config{.max_steps = steps, .keep_logits = true};
-  config.end = j.at("eos").is_null() ? -1 : j.at("eos").template get<token_t>();
-  config.rule.kind = kinds.at(j.at("confidence"));
-  config.rule.thresholds = j.at("thresholds").is_number() ? std::vector<double>{j.at("thresholds").template get<double>()}
+  generator_config config{.how = {.temperature = 0}, .most = steps};
+  if (!j.at("eos").is_null()) config.stop = {j.at("eos").template get<token_t>()};
+  exit_rule rule;
+  rule.kind = kinds.at(j.at("confidence"));
+  rule.thresholds = j.at("thresholds").is_number() ? std::vector<double>{j.at("thresholds").template get<double>()}
                                                           : j.at("thresholds").template get<std::vector<double>>();
-  config.rule.strict = j.at("compare") == ">";
-  config.rule.decay = decay_form(j);
-  config.rule.temperature = j.value("decay_temperature", 0.0);
-  config.rule.longest = steps;
-  const auto out = generate(model.tokens, model.stack, nothing{}, prompts, config);
+  rule.strict = j.at("compare") == ">";
+  rule.decay = decay_form(j);
+  rule.temperature = j.value("decay_temperature", 0.0);
+  rule.longest = steps;
+  matrix<S> logits = matrix<S>::Zero(static_cast<index_t>(prompts.size()) * steps, model.tokens.weight.rows());
+  std::vector<index_t> done(prompts.size(), 0);
+  const auto out = generate(exit_decoder(model.tokens, model.stack, {}, rule), prompts, config, {}, {}, [&](index_t i, std::span<const S> row) {
+    std::copy(row.begin(), row.end(), logits.row(i * steps + done[static_cast<std::size_t>(i)]++).data());
+  });
   std::vector<double> tokens, exits;
   for (std::size_t b = 0; b < prompts.size(); ++b)
     for (std::size_t t = 0; t < static_cast<std::size_t>(steps); ++t) {
@@ -491,10 +497,10 @@ void run_decode(golden_case<S>& c) {
     }
   c.compare("output.tokens", tokens);
   c.compare("output.exits", exits);
-  c.compare("output.logits", matrix_view<const S>(out.logits));
+  c.compare("output.logits", matrix_view<const S>(logits));
   if (c.has("mid.projected_rows")) c.compare("mid.projected_rows", std::vector<double>{static_cast<double>(out.projected)});
-  config.rule.eager = true;
-  const auto eager = generate(model.tokens, model.stack, nothing{}, prompts, config);
+  rule.eager = true;
+  const auto eager = generate(exit_decoder(model.tokens, model.stack, {}, rule), prompts, config);
   if (eager.tokens != out.tokens || eager.exits != out.exits)
     throw std::runtime_error("keys and values filled at once give other tokens or exits than filled late");
 }

@@ -3,14 +3,17 @@
 #include <functional>
 #include <set>
 
-#include "lithe/compose/adaptive_depth_generate.hpp"
+#include "lithe/compose/beam_search.hpp"
 #include "lithe/compose/decoder_block.hpp"
+#include "lithe/compose/decoder_flops.hpp"
+#include "lithe/compose/exit_decoder.hpp"
 #include "lithe/compose/residual.hpp"
 #include "lithe/compose/sequential.hpp"
 #include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/attention/attention.hpp"
 #include "lithe/layers/embedding.hpp"
 #include "lithe/layers/feed_forward.hpp"
+#include "lithe/layers/halting_sequence.hpp"
 #include "lithe/layers/parameters.hpp"
 #include "support/malloc_count.hpp"
 
@@ -63,9 +66,32 @@ const embedding<double>& tokens() {
 using prompts_type = std::vector<std::vector<token_t>>;
 const prompts_type starts{{0}, {3}, {5}, {7}, {8}};
 exit_rule rule(exit_confidence kind, double threshold) { return {.kind = kind, .thresholds = {threshold}}; }
+/// A generation and the logits that its tokens were drawn from: row i * steps + t for token t of text i.
+struct decoded : generation {
+  matrix<double> logits;
+};
+generator_config greedy(index_t steps, token_t end = -1) {
+  generator_config c{.how = {.temperature = 0}, .most = steps};
+  if (end >= 0) c.stop = {end};
+  return c;
+}
+generator_config drafting(index_t exit, index_t drafts, index_t steps, token_t end = -1) {
+  generator_config c = greedy(steps, end);
+  c.draft_exit = exit;
+  c.drafts = drafts;
+  return c;
+}
 template <class B = block>
-generation<double> run(const adaptive_depth<B>& m, const exit_rule& r, const prompts_type& p = starts, index_t steps = 12, token_t end = -1) {
-  return generate(tokens(), m, detail::memory_of<B>{}, p, {.max_steps = steps, .end = end, .rule = r, .keep_logits = true});
+decoded run(const adaptive_depth<B>& m, const exit_rule& r, const prompts_type& p = starts, index_t steps = 12, token_t end = -1,
+            const detail::memory_of<B>& memory = {}, const context& ctx = {}) {
+  decoded out;
+  out.logits.setZero(static_cast<index_t>(p.size()) * steps, classes);
+  std::vector<index_t> done(p.size(), 0);
+  static_cast<generation&>(out) =
+      generate(exit_decoder(tokens(), m, memory, r), p, greedy(steps, end), {}, ctx, [&](index_t i, std::span<const double> row) {
+        std::copy(row.begin(), row.end(), out.logits.row(i * steps + done[static_cast<std::size_t>(i)]++).data());
+      });
+  return out;
 }
 template <class B>
 std::set<std::int32_t> depths(const B& out) {
@@ -161,6 +187,45 @@ TEST(decoding, exits_planned_for_each_sequence) {
   }
 }
 
+TEST(decoding, sequence_level_exits_from_the_mean_of_the_prompts_first_block_states) {
+  // What a decoder without an encoder has to plan by (arXiv 1910.10073, section 4.1).
+  const auto m = make_model();
+  const sequence_halting<double> head({.features = features, .outputs = depth}, {70});
+  const prompts_type prompts{{0, 4, 2}, {3, 3}, {5, 1, 7, 2}, {8, 6}, {2}};
+  const auto planned = [&](const prompts_type& p) {
+    std::vector<token_t> ids;
+    std::vector<index_t> offsets{0};
+    for (const auto& text : p) {
+      ids.insert(ids.end(), text.begin(), text.end());
+      offsets.push_back(std::ssize(ids));
+    }
+    context ctx;
+    ctx.rows = {offsets};
+    matrix<double> x(std::ssize(ids), features), h(x.rows(), features), log_q(std::ssize(p), depth);
+    tokens().forward(ids, x, ctx);
+    m.stack.block(1).forward(x, h, ctx);
+    head.forward(h, log_q, ctx);
+    std::vector<std::int32_t> exits(p.size());
+    most_probable_exits<double>(log_q, exits);
+    return exits;
+  };
+  const auto exits = planned(prompts);
+  EXPECT_GT(std::set<std::int32_t>(exits.begin(), exits.end()).size(), 1U);
+  const auto out = run(m, {.exits = exits}, prompts);
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    EXPECT_EQ(planned({prompts[i]})[0], exits[i]);
+    EXPECT_EQ(out.exits[i], std::vector<std::int32_t>(12, exits[i]));
+  }
+}
+
+TEST(generation, reports_mean_exit_and_histogram) {
+  generation g;
+  g.exits = {{1, 4, 1}, {}, {2}};
+  EXPECT_EQ(g.histogram(4), (std::vector<index_t>{2, 1, 0, 1}));
+  EXPECT_DOUBLE_EQ(g.mean_exit(), 2);
+  EXPECT_EQ(generation{}.mean_exit(), 0);
+}
+
 TEST(decoding, tied_blocks_have_a_cache_at_each_depth) {
   const auto m = make_model<block>(depth, exit_distribution::geometric, true);
   model_type untied = m;
@@ -173,13 +238,12 @@ TEST(decoding, tied_blocks_have_a_cache_at_each_depth) {
 
 TEST(decoding, same_bits_with_any_number_of_workers) {
   const auto m = make_model();
-  generation<double> first;
+  decoded first;
   for (const index_t workers : {1, 2, 7}) {
     const parallel_executor exec(workers);
     workspace work(exec);
     const context ctx{.exec = &exec, .work = &work};
-    const auto out =
-        generate(tokens(), m, nothing{}, starts, {.max_steps = 12, .rule = rule(exit_confidence::geometric, 0.55), .keep_logits = true}, ctx);
+    const auto out = run(m, rule(exit_confidence::geometric, 0.55), starts, 12, -1, {}, ctx);
     if (workers == 1) first = out;
     EXPECT_EQ(out.logits, first.logits);
     EXPECT_EQ(out.exits, first.exits);
@@ -232,7 +296,24 @@ TEST(decoding, prompts_are_taken_in_by_all_blocks) {
   matrix<double> x(3, features), logits(depth * 3, classes);
   tokens().forward(prompts[0], x, {});
   m.forward(x, logits, {});
-  EXPECT_EQ(run(m, {}, {prompts[0]}, 1).tokens[0][0], detail::most_probable(logits.row(depth * 3 - 1).data(), classes));
+  EXPECT_EQ(run(m, {}, {prompts[0]}, 1).tokens[0][0], sample_token<double>({logits.row(depth * 3 - 1).data(), classes}, {.temperature = 0}, 0, {}));
+}
+
+TEST(decoding, a_text_beyond_the_capacity_goes_on_from_its_last_half) {
+  const auto m = make_model();
+  const exit_decoder decoder(tokens(), m, {}, rule(exit_confidence::max_prob, 0.7));
+  for (const index_t drafts : {0, 2}) {
+    generator_config c = drafts == 0 ? greedy(0) : drafting(1, drafts, 0);
+    c.capacity = 6;
+    generator<exit_decoder<embedding<double>, block, layer_norm<double>>> g(decoder, c);
+    g.start(prompts_type{{0, 4, 2, 5, 1, 3}}, {}, {});
+    g.step({});  // only one row fits, so nothing is drafted
+    ASSERT_EQ(g.text(0).size(), 7U);
+    const prompts_type tail{{g.text(0).begin() + 4, g.text(0).end()}};
+    g.step({});
+    EXPECT_EQ(g.text(0)[7], generate(decoder, tail, drafts == 0 ? greedy(1) : drafting(1, 2, 1)).tokens[0][0]);
+    EXPECT_EQ(g.exits(0).size(), g.text(0).size() - 6);
+  }
 }
 
 TEST(exit_rule, each_option_changes_who_leaves_when) {
@@ -339,7 +420,7 @@ TEST(decoding, numbers_that_are_none_never_leave_early_and_throw_at_the_top) {
 TEST(decoding, an_empty_batch_is_an_empty_result) {
   const auto m = make_model();
   EXPECT_TRUE(run(m, {}, {}).tokens.empty());
-  EXPECT_THROW((void)run(m, {}, {{}}), config_error);
+  EXPECT_THROW((void)run(m, {}, {{}}), shape_error);
   auto c = make_adaptive_cache(m, 0, 4);
   adaptive_step(m, matrix_view<const double>(nullptr, 0, features), nothing{}, matrix_view<double>(nullptr, 0, classes), {}, c, exit_rule{}, {});
 }
@@ -349,22 +430,24 @@ TEST(decoding, no_allocation_in_steady_state) {
   GTEST_SKIP() << "malloc is not ours to count here";
 #else
   const auto m = make_model();
-  auto c = make_adaptive_cache(m, 3, 40);
   workspace work;
   context ctx;
   ctx.work = &work;
-  std::vector<std::int32_t> exits(3);
-  matrix<double> logits(3, classes);
-  const auto x = random_matrix(3, features, 1);
-  const exit_rule r = rule(exit_confidence::geometric, 0.55);
-  const auto twenty = [&] {
-    for (int i = 0; i < 20; ++i) adaptive_step(m, matrix_view<const double>(x), nothing{}, matrix_view<double>(logits), exits, c, r, ctx);
-  };
-  twenty();
-  for (index_t s = 0; s < 3; ++s) truncate(m, c, s, 0);
-  const long before = mallocs;
-  twenty();
-  EXPECT_EQ(mallocs - before, 0);
+  for (const index_t drafts : {0, 3}) {
+    const exit_decoder decoder(tokens(), m, {}, rule(exit_confidence::geometric, 0.55));
+    generator<exit_decoder<embedding<double>, block, layer_norm<double>>> g(
+        decoder, {.capacity = 400, .how = {.temperature = 0.9, .top_k = 5}, .drafts = drafts});
+    const auto twenty = [&] {
+      g.start(prompts_type{{1, 2, 3}, {4}, {5}}, rng_key{1}, ctx);
+      g.reserve(400);
+      for (int i = 0; i < 10; ++i) g.step(ctx);
+      const long before = mallocs;
+      for (int i = 0; i < 20; ++i) g.step(ctx);
+      return mallocs - before;
+    };
+    twenty();
+    EXPECT_EQ(twenty(), 0) << drafts;
+  }
 #endif
 }
 
@@ -374,12 +457,12 @@ TEST(self_speculation, emits_the_full_model_s_greedy_tokens) {
   const auto full = run(m, {}, prompts, 14);
   for (index_t exit = 1; exit < depth; ++exit)
     for (const index_t drafts : {1, 2, 5, 20}) {
-      const auto out = generate_speculatively(tokens(), m, nothing{}, prompts, exit, drafts, 14, -1);
+      const auto out = generate(exit_decoder(tokens(), m), prompts, drafting(exit, drafts, 14));
       EXPECT_EQ(out.tokens, full.tokens) << exit << " " << drafts;
       EXPECT_LE(out.accepted, out.drafted);
     }
   const token_t end = full.tokens[0][5];
-  EXPECT_EQ(generate_speculatively(tokens(), m, nothing{}, prompts, 2, 3, 14, end).tokens, run(m, {}, prompts, 14, end).tokens);
+  EXPECT_EQ(generate(exit_decoder(tokens(), m), prompts, drafting(2, 3, 14, end)).tokens, run(m, {}, prompts, 14, end).tokens);
 }
 
 TEST(self_speculation, every_draft_is_accepted_if_the_blocks_above_add_nothing) {
@@ -392,23 +475,46 @@ TEST(self_speculation, every_draft_is_accepted_if_the_blocks_above_add_nothing) 
     m.answers.norms[n] = m.answers.norms[1];
     m.answers.classifiers[n] = m.answers.classifiers[1];
   }
-  const auto out = generate_speculatively(tokens(), m, nothing{}, starts, 2, 3, 12, -1);
+  const auto out = generate(exit_decoder(tokens(), m), starts, drafting(2, 3, 12));
   EXPECT_EQ(out.accepted, out.drafted);
   EXPECT_EQ(out.drafted, 5 * 9);  // three rounds of three drafts and one more token
   EXPECT_EQ(out.tokens, run(m, {}).tokens);
 }
 
+TEST(self_speculation, samples_are_distributed_as_the_full_model_s) {
+  const auto m = make_model();
+  const exit_decoder full(tokens(), m);
+  const sampling how{.temperature = 1.5, .top_k = 6};
+  const index_t n = 20000;
+  const auto out = generate(full, prompts_type(static_cast<std::size_t>(n), {3}), {.how = how, .most = 2, .drafts = 1, .draft_exit = 1}, rng_key{1});
+  EXPECT_LT(out.accepted, out.drafted);  // or the draft is the full model
+  EXPECT_GT(out.accepted, out.drafted / 20);
+  const auto probabilities = [&](const std::vector<token_t>& text) {
+    std::vector<double> p(classes);
+    (void)generate(full, prompts_type{text}, greedy(1), {}, {}, [&](index_t, std::span<const double> row) { token_probabilities<double>(row, how, p, {}); });
+    return p;
+  };
+  const auto first = probabilities({3});
+  for (token_t a = 0; a < classes; ++a) {
+    const auto second = probabilities({3, a});
+    for (token_t b = 0; b < classes; ++b) {
+      const double p = first[static_cast<std::size_t>(a)] * second[static_cast<std::size_t>(b)];
+      const auto seen = static_cast<double>(std::count(out.tokens.begin(), out.tokens.end(), std::vector<token_t>{a, b}));
+      EXPECT_NEAR(seen / static_cast<double>(n), p, 5 * std::sqrt(p * (1 - p) / static_cast<double>(n))) << a << " " << b;  // five deviations
+    }
+  }
+}
+
 TEST(self_speculation, bad_input_is_refused) {
   const auto m = make_model();
-  for (const auto& [exit, drafts] : {std::pair<index_t, index_t>{0, 1}, {depth, 1}, {1, 0}})
-    EXPECT_THROW((void)generate_speculatively(tokens(), m, nothing{}, starts, exit, drafts, 4, -1), config_error);
+  for (const auto& [exit, drafts] : {std::pair<index_t, index_t>{0, 1}, {depth, 1}, {1, -1}})
+    EXPECT_THROW((void)generate(exit_decoder(tokens(), m), starts, drafting(exit, drafts, 4)), config_error);
 }
 
 TEST(beam_search, one_beam_is_greedy) {
   const auto m = make_model();
   for (const auto& r : {exit_rule{}, rule(exit_confidence::geometric, 0.55)}) {
-    const generation_config c{.max_steps = 8, .rule = r};
-    const auto out = generate_by_beams(tokens(), m, nothing{}, starts, 1, c);
+    const auto out = generate_by_beams(exit_decoder(tokens(), m, {}, r), starts, 1, greedy(8));
     EXPECT_EQ(out.tokens, run(m, r, starts, 8).tokens);
     EXPECT_EQ(out.exits, run(m, r, starts, 8).exits);
   }
@@ -418,7 +524,7 @@ TEST(beam_search, enough_beams_find_the_best_of_all_continuations) {
   // Every pair of tokens behind the start, each in a pass of its own, exits as the rule has them.
   const auto m = make_model();
   const exit_rule r = rule(exit_confidence::geometric, 0.55);
-  const auto out = generate_by_beams(tokens(), m, nothing{}, starts, classes, {.max_steps = 3, .rule = r});
+  const auto out = generate_by_beams(exit_decoder(tokens(), m, {}, r), starts, classes, greedy(3));
   for (std::size_t i = 0; i < starts.size(); ++i) {
     double best = -1e9;
     std::vector<token_t> best_tokens;
@@ -458,7 +564,7 @@ TEST(cross_attention_decoding, equals_the_full_pass_and_projects_the_memory_once
   const std::vector<index_t> sources{0, 2, 2, 6};  // the second has no rows
   const memory_view<double> view_of_memory{memory, {sources}};
   const prompts_type prompts{{0}, {3}, {5}};
-  const auto out = generate(tokens(), m, view_of_memory, prompts, {.max_steps = 6, .keep_logits = true});
+  const auto out = run(m, {}, prompts, 6, -1, view_of_memory);
   std::vector<token_t> fed;
   for (std::size_t i = 0; i < 3; ++i) {
     fed.push_back(prompts[i][0]);
@@ -472,6 +578,18 @@ TEST(cross_attention_decoding, equals_the_full_pass_and_projects_the_memory_once
   e.forward(fed, x, ctx);
   m.forward(x, view_of_memory, logits, ctx);
   EXPECT_LT((logits.bottomRows(18) - out.logits).cwiseAbs().maxCoeff(), grouping);
+}
+
+TEST(cross_attention_decoding, another_number_of_sources_than_prompts_is_refused) {
+  const auto m = make_model<cross_block>();
+  const auto memory = random_matrix(6, 5, 3);
+  const std::vector<index_t> sources{0, 2, 6};
+  try {
+    (void)run(m, {}, starts, 2, -1, {memory, {sources}});
+    FAIL() << "five prompts read two sources";
+  } catch (const shape_error& e) {
+    EXPECT_STREQ(e.what(), "exit_decoder: expected a sequence of the memory for each of 5 prompts, got 2");
+  }
 }
 
 TEST(cross_attention_decoding, blocks_that_nobody_reaches_never_see_the_memory) {
@@ -501,14 +619,14 @@ TEST(cross_attention_decoding, beams_share_their_source_and_agree_with_greedy) {
   const std::vector<index_t> sources{0, 2, 6};
   const memory_view<double> v{memory, {sources}};
   const prompts_type prompts{{0}, {3}};
-  const generation_config c{.max_steps = 6, .rule = rule(exit_confidence::geometric, 0.5)};
-  EXPECT_EQ(generate_by_beams(tokens(), m, v, prompts, 1, c).tokens, generate(tokens(), m, v, prompts, c).tokens);
-  const auto wide = generate_by_beams(tokens(), m, v, prompts, 4, c);
-  const auto narrow = generate_by_beams(tokens(), m, v, prompts, 1, c);
+  const generator_config c = greedy(6);
+  const exit_rule r = rule(exit_confidence::geometric, 0.5);
+  const exit_decoder both(tokens(), m, v, r);
+  const auto wide = generate_by_beams(both, prompts, 4, c), narrow = generate_by_beams(both, prompts, 1, c);
+  EXPECT_EQ(narrow.tokens, generate(both, prompts, c).tokens);
   for (std::size_t i = 0; i < 2; ++i) {
-    const auto alone =
-        generate_by_beams(tokens(), m, memory_view<double>{matrix_view<const double>(memory).slice_rows(sources[i], sources[i + 1] - sources[i]), {}},
-                          std::span<const std::vector<token_t>>(&prompts[i], 1), 4, c);
+    const memory_view<double> own{matrix_view<const double>(memory).slice_rows(sources[i], sources[i + 1] - sources[i]), {}};
+    const auto alone = generate_by_beams(exit_decoder(tokens(), m, own, r), prompts_type{prompts[i]}, 4, c);
     EXPECT_EQ(alone.tokens[0], wide.tokens[i]);
     EXPECT_EQ(alone.exits[0], wide.exits[i]);
   }

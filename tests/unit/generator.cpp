@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "lithe/compose/beam_search.hpp"
 #include "lithe/compose/residual.hpp"
 #include "lithe/compose/sequential.hpp"
 #include "lithe/core/parallel_executor.hpp"
@@ -15,15 +16,16 @@ using namespace lithe;
 
 TEST(sample_token, draws_by_the_probabilities_of_the_logits) {
   const std::vector<double> logits{std::log(0.1), std::log(0.4), std::log(0.2), std::log(0.3)};
-  // Sorted by probability: token 1 up to 0.4, token 3 up to 0.7, token 2 up to 0.9, token 0 up to 1.
+  // Running sums: token 0 up to 0.1, token 1 up to 0.5, token 2 up to 0.7, token 3 up to 1.
   const auto draw = [&](double u, sampling how = {}) { return sample_token<double>(logits, how, u, {}); };
-  EXPECT_EQ(draw(0), 1);
-  EXPECT_EQ(draw(0.39), 1);
-  EXPECT_EQ(draw(0.41), 3);
-  EXPECT_EQ(draw(0.69), 3);
-  EXPECT_EQ(draw(0.71), 2);
-  EXPECT_EQ(draw(0.91), 0);
-  EXPECT_EQ(draw(0.999999), 0);
+  EXPECT_EQ(draw(0), 0);
+  EXPECT_EQ(draw(0.09), 0);
+  EXPECT_EQ(draw(0.11), 1);
+  EXPECT_EQ(draw(0.49), 1);
+  EXPECT_EQ(draw(0.51), 2);
+  EXPECT_EQ(draw(0.69), 2);
+  EXPECT_EQ(draw(0.71), 3);
+  EXPECT_EQ(draw(0.999999), 3);
 }
 
 TEST(sample_token, temperature_sharpens_and_zero_takes_the_first_of_the_best) {
@@ -40,7 +42,7 @@ TEST(sample_token, top_k_and_top_p_cut_the_tail) {
   EXPECT_EQ(sample_token<double>(logits, {.top_k = 2}, 0.56, {}), 1);   // 0.4 of 0.7 = 0.571
   EXPECT_EQ(sample_token<double>(logits, {.top_p = 0.3}, 0.999, {}), 1);
   EXPECT_EQ(sample_token<double>(logits, {.top_p = 0.65}, 0.999, {}), 3);
-  EXPECT_EQ(sample_token<double>(logits, {.top_k = 9}, 0.999, {}), 0);  // more than there are: all
+  EXPECT_EQ(sample_token<double>(logits, {.top_k = 9}, 0.05, {}), 0);  // more than there are: all
 }
 
 TEST(sample_token, refuses_what_it_cannot_draw_from) {
@@ -52,6 +54,23 @@ TEST(sample_token, refuses_what_it_cannot_draw_from) {
   EXPECT_THROW(sample_token<float>(std::span<const float>(), {}, 0.5, {}), shape_error);
   const std::vector<float> one_number{nan[0], 3, nan[0]};
   EXPECT_EQ(sample_token<float>(one_number, {}, 0.999, {}), 1);
+}
+
+TEST(correct_token, gives_the_wanted_distribution_whatever_guessed) {
+  // Every pair of numbers on a grid, for every guess of q: the frequencies are p to the width of the grid.
+  const std::vector<double> q{0.5, 0.3, 0.2, 0}, p{0.2, 0.3, 0.1, 0.4};
+  constexpr int grid = 200;
+  std::vector<double> seen(4, 0.0);
+  for (token_t guess = 0; guess < 3; ++guess)
+    for (int i = 0; i < grid; ++i)
+      for (int k = 0; k < grid; ++k) {
+        auto left = p;
+        seen[static_cast<std::size_t>(correct_token(guess, q, left, (i + 0.5) / grid, (k + 0.5) / grid))] +=
+            q[static_cast<std::size_t>(guess)] / (grid * grid);
+      }
+  for (std::size_t v = 0; v < 4; ++v) EXPECT_NEAR(seen[v], p[v], 1.0 / grid);
+  auto same = q;
+  EXPECT_EQ(correct_token(1, q, same, 0.999999, 0.5), 1);
 }
 
 using model = sequential<embedding<double>, residual<attention<double>>, linear<double>>;
@@ -108,8 +127,38 @@ TEST(generator, the_key_changes_the_text_and_equal_keys_repeat_it) {
   EXPECT_NE(text(1), text(2));
 }
 
+TEST(generator, a_limit_of_new_tokens_ends_every_text) {
+  const model m = small_model();
+  const std::vector<std::vector<token_t>> prompts{{1, 2, 3}, {4}};
+  const auto out = generate(m, prompts, {.most = 5}, rng_key{5});  // as much room as that takes
+  generator<model> g(m, {.capacity = 64});
+  g.start(prompts, rng_key{5}, {});
+  for (int i = 0; i < 5; ++i) g.step({});
+  for (std::size_t i = 0; i < 2; ++i) {
+    const auto text = g.text(static_cast<index_t>(i)).subspan(prompts[i].size());
+    EXPECT_EQ(out.tokens[i], std::vector<token_t>(text.begin(), text.end()));
+    EXPECT_TRUE(out.exits[i].empty());
+  }
+}
+
+TEST(generate_by_beams, drives_models_without_exits_too) {
+  const model m = small_model();
+  const std::vector<std::vector<token_t>> prompts{{1, 2, 3}, {4}};
+  const generator_config config{.how = {.temperature = 0}, .most = 6};
+  EXPECT_EQ(generate_by_beams(m, prompts, 1, config).tokens, generate(m, prompts, config).tokens);
+  const auto one = generate_by_beams(m, prompts, 1, config), wide = generate_by_beams(m, prompts, 11, config);
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_GE(wide.scores[i], one.scores[i] - 1e-12);
+  EXPECT_THROW((void)generate_by_beams(m, prompts, 0, config), config_error);
+  EXPECT_THROW((void)generate_by_beams(m, prompts, 2, {.capacity = 8}), config_error);
+}
+
 TEST(generator, names_what_it_cannot_start_from) {
   const model m = small_model();
+  EXPECT_THROW(generator<model>(m, {}), config_error);  // neither a capacity nor a limit
+  EXPECT_THROW(generator<model>(m, {.most = -1}), config_error);
+  EXPECT_THROW(generator<model>(m, {.capacity = 8, .how = {.top_p = 2}}), config_error);
+  EXPECT_THROW(generator<model>(m, {.capacity = 8, .drafts = 2}), config_error);  // there is no exit to draft
+  EXPECT_THROW((void)generate(m, {}, {.capacity = 8}), config_error);
   EXPECT_THROW(generator<model>(m, {.capacity = 1}), config_error);
   generator<model> g(m, {.capacity = 8});
   const std::vector<std::vector<token_t>> prompts{{1}, {}};

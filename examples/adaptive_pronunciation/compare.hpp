@@ -1,0 +1,127 @@
+#pragma once
+
+// The paper's table (arXiv 1910.10073, tables 1 and 2): models of fixed depth, aligned against mixed training, every distribution and target.
+
+#include "table.hpp"
+
+/// How a model speaks unless something else is asked for.
+inline manner usual_manner(const model_config& c, bool with_heads) {
+  using lithe::exit_confidence;
+  if (with_heads && c.distribution == "geometric") return {.rule = {.kind = exit_confidence::geometric, .thresholds = {0.5}}};
+  if (with_heads && c.distribution == "multinomial") return {.rule = {.kind = exit_confidence::multinomial}};
+  if (with_heads && c.distribution == "sequence") return {};
+  return {.rule = {.kind = exit_confidence::softmax_diff, .thresholds = {0.9}}};
+}
+
+/// All rows of one seed, the same names for every seed. Speed-ups are over the baseline of full depth.
+inline std::vector<table_row> compare_seed(const dictionary& d, const model_config& base, const training_plan& plan, const lithe::context& ctx) {
+  std::vector<table_row> rows;
+  std::array<double, 2> full{};
+  table::print_head();
+  const auto measure = [&](const pronouncer& p, auto&& add) {
+    table t(p, d, ctx, rows.empty() ? nullptr : &full);
+    if (rows.empty()) full = t.full;
+    add(t);
+    rows.insert(rows.end(), t.rows.begin(), t.rows.end());
+  };
+  for (index_t depth : {base.decoder_blocks, index_t{1}, index_t{2}, index_t{3}}) {
+    if (depth >= base.decoder_blocks && !rows.empty()) continue;
+    model_config c = base;
+    c.decoder_blocks = depth;
+    measure(train_trunk(d, c, plan, "top", ctx), [&](table& t) { t.add(lithe::concat("baseline of ", depth, " blocks"), table::fixed(depth)); });
+  }
+  const auto each_depth = [&](const char* name) {
+    return [&, name](table& t) {
+      for (index_t n = 1; n <= base.decoder_blocks; ++n) t.add(lithe::concat(name, ", all after block ", n), table::fixed(n));
+      for (const double tau : {0.7, 0.9})
+        t.add(lithe::concat(name, ", top-two difference ", tau), {.rule = {.kind = lithe::exit_confidence::softmax_diff, .thresholds = {tau}}});
+    };
+  };
+  measure(train_trunk(d, base, plan, "mixed", ctx), each_depth("mixed"));
+  const pronouncer trunk = train_trunk(d, base, plan, "aligned", ctx);
+  measure(trunk, each_depth("aligned"));
+  struct target {
+    const char *distribution, *oracle;
+    double penalty, sigma;
+  };
+  for (const target t :
+       {target{"sequence", "correctness", 0.1, 0}, target{"sequence", "likelihood", 0.1, 0}, target{"multinomial", "correctness", 0.1, 0},
+        target{"multinomial", "likelihood", 0.05, 0}, target{"geometric", "correctness", 0.1, 0}, target{"geometric", "correctness", 0.1, 1},
+        target{"geometric", "likelihood", 0.05, 0}, target{"geometric", "likelihood", 0.05, 1}}) {
+    model_config c = base;
+    training_plan with = plan;
+    c.distribution = t.distribution;
+    with.oracle = t.oracle;
+    with.penalty = t.penalty;
+    with.sigma = t.sigma;
+    pronouncer p = trunk;
+    set_distribution(p, c.distribution, c.decoder_blocks, c.features, lithe::rng_key{c.seed}.child(3));
+    p = train_with_exits(std::move(p), d, c, with, ctx);
+    measure(p, [&](table& of) {
+      of.add(lithe::concat(t.distribution, ", ", t.oracle, ", penalty ", t.penalty, ", sigma ", t.sigma), usual_manner(c, true));
+    });
+  }
+  return rows;
+}
+
+/// Means over seeds; `spread` is half of the distance between the best and the worst error rate.
+struct summary_row : table_row {
+  double spread = 0;
+};
+inline std::vector<summary_row> summarise(const std::vector<std::vector<table_row>>& seeds) {
+  std::vector<summary_row> out;
+  const auto n = static_cast<double>(seeds.size());
+  for (std::size_t i = 0; i < seeds[0].size(); ++i) {
+    summary_row s{{seeds[0][i].name, 0, 0, {}, {}}, 0};
+    double least = 100, most = 0;
+    for (const auto& rows : seeds) {
+      const table_row& r = rows[i];
+      least = std::min(least, r.error_rate);
+      most = std::max(most, r.error_rate);
+      s.error_rate += r.error_rate / n;
+      s.mean_exit += r.mean_exit / n;
+      for (std::size_t k = 0; k < 2; ++k) s.speed_up[k] += r.speed_up[k] / n, s.bound[k] += r.bound[k] / n;
+    }
+    s.spread = (most - least) / 2;
+    out.push_back(s);
+  }
+  return out;
+}
+
+/// What the paper found, and whether it is found here.
+inline void print_findings(const std::vector<summary_row>& rows, index_t blocks) {
+  const auto say = [](const char* what, bool seen) { std::printf("%s: %s\n", what, seen ? "seen" : "not seen"); };
+  const auto row = [&](const std::string& name) -> const summary_row& {
+    return *std::find_if(rows.begin(), rows.end(), [&](const summary_row& r) { return r.name == name; });
+  };
+  const auto mean_of = [&](const std::string& beginning) {
+    double sum = 0, n = 0;
+    for (const auto& r : rows)
+      if (r.name.starts_with(beginning)) sum += r.error_rate, ++n;
+    return sum / n;
+  };
+  const summary_row& full = rows[0];
+  bool early = false;
+  for (const auto& r : rows)
+    early =
+        early || (!r.name.starts_with("baseline") && r.mean_exit <= static_cast<double>(blocks) / 3 && r.error_rate <= full.error_rate + full.spread);
+  say("the full baseline's error rate, within its spread, at a third of its blocks or less", early);
+  say("aligned training over mixed, on average of all depths", mean_of("aligned, all after") < mean_of("mixed, all after"));
+  say("Poisson-binomial over multinomial (correctness)",
+      row("geometric, correctness, penalty 0.1, sigma 0").error_rate < row("multinomial, correctness, penalty 0.1, sigma 0").error_rate);
+}
+
+inline void compare(const dictionary& d, model_config base, const training_plan& plan, index_t seeds, const std::string& results,
+                    const std::string& plot, const lithe::context& ctx) {
+  std::vector<std::vector<table_row>> all;
+  for (index_t s = 0; s < seeds; ++s, ++base.seed) {
+    all.push_back(compare_seed(d, base, plan, ctx));
+    if (!results.empty()) write_results(results, "compare", base.seed, all.back());
+    const auto rows = summarise(all);
+    std::printf("\n%td seeds%38s %8s %8s %9s %9s %9s\n", s + 1, "", "PER %", "spread", "mean exit", "batch 1 x", "batch 32 x");
+    for (const auto& r : rows)
+      std::printf("%-46s %8.2f %8.2f %9.2f %9.2f %9.2f\n", r.name.c_str(), r.error_rate, r.spread, r.mean_exit, r.speed_up[0], r.speed_up[1]);
+    print_findings(rows, base.decoder_blocks);
+    if (!plot.empty()) draw(plot, {rows.begin(), rows.end()}, base.decoder_blocks);
+  }
+}

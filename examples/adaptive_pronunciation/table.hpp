@@ -1,0 +1,149 @@
+#pragma once
+
+// Ways to choose the depth of each phone, beside each other: quality, depth, speed.
+
+#include <array>
+#include <cmath>
+
+#include "speaker.hpp"
+
+struct table_row {
+  std::string name;
+  double error_rate, mean_exit;           ///< in %, in blocks
+  std::array<double, 2> speed_up, bound;  ///< at batch 1 and 32, over the whole stack; and what the time of a block alone would give
+};
+
+/// Measures a pronouncer's ways to speak and prints a row for each.
+class table {
+ public:
+  /// Speed-ups are over this pronouncer's whole stack, or over `baseline` seconds.
+  table(const pronouncer& p, const dictionary& d, const lithe::context& ctx, const std::array<double, 2>* baseline = nullptr)
+      : p_(p), d_(d), ctx_(ctx) {
+    const auto N = static_cast<double>(p.decoder.exits());
+    for (std::size_t i = 0; i < 2; ++i) {
+      const double whole = best_time(fixed(p.decoder.exits()), i), shallow = best_time(fixed(1), i);
+      block_[i] = N > 1 ? std::max(0.0, (whole - shallow) / (N - 1)) : whole;
+      rest_[i] = whole - N * block_[i];
+      full[i] = baseline == nullptr ? whole : (*baseline)[i];
+    }
+  }
+  static manner fixed(index_t n) { return {.rule = {.exits = {static_cast<std::int32_t>(n)}}}; }
+  static void print_head() { std::printf("\n%-50s %8s %9s %18s %18s\n", "exits", "PER %", "mean exit", "speed-up batch 1", "speed-up batch 32"); }
+
+  void add(const std::string& name, const manner& how) {
+    const spoken all = speak(p_, d_.test, 32, how, ctx_);
+    const double exit = all.mean_exit();
+    table_row r{name, 100 * all.error_rate(), exit, {}, {}};
+    for (std::size_t i = 0; i < 2; ++i) {
+      r.speed_up[i] = full[i] / best_time(how, i);
+      r.bound[i] = full[i] / (exit * block_[i] + rest_[i]);
+    }
+    std::printf("%-50s %8.2f %9.2f %8.2f (of %.2f) %8.2f (of %.2f)\n", name.c_str(), r.error_rate, r.mean_exit, r.speed_up[0], r.bound[0],
+                r.speed_up[1], r.bound[1]);
+    std::fflush(stdout);
+    rows.push_back(std::move(r));
+  }
+
+  std::vector<table_row> rows;
+  std::array<double, 2> full;  ///< seconds
+
+ private:
+  [[nodiscard]] double best_time(const manner& how, std::size_t i) const {
+    const auto words = std::span<const entry>(d_.test).first(i == 0 ? 100 : 320);
+    double best = 1e30;
+    for (int time = 0; time < 3; ++time) best = std::min(best, speak(p_, words, i == 0 ? 1 : 32, how, ctx_).seconds);
+    return best;
+  }
+
+  const pronouncer& p_;
+  const dictionary& d_;
+  lithe::context ctx_;
+  std::array<double, 2> block_, rest_;
+};
+
+/// The threshold of top-two difference that adds at most `delta` phone errors a phone, by Learn-then-Test on the tuning words.
+inline double calibrated(const pronouncer& p, const dictionary& d, double delta, const lithe::context& ctx) {
+  const auto grid = lithe::calibration_grid(0.05);
+  const auto full = speak(p, d.tune, 32, table::fixed(p.decoder.exits()), ctx);
+  matrix<double> losses(std::ssize(grid), std::ssize(d.tune));
+  for (index_t g = 0; g < losses.rows(); ++g) {
+    const auto early =
+        speak(p, d.tune, 32, {.rule = {.kind = lithe::exit_confidence::softmax_diff, .thresholds = {grid[static_cast<std::size_t>(g)]}}}, ctx);
+    lithe::excess_risk(early.word_errors, full.word_errors, {losses.data() + g * losses.cols(), early.word_errors.size()});
+  }
+  return lithe::calibrate(grid, losses, {.delta = delta}).threshold;
+}
+
+/// Thresholds of the largest probability, one for each block, by random search on the tuning words: the best of each stretch of a block's width.
+inline std::vector<lithe::threshold_point> searched(const pronouncer& p, const dictionary& d, index_t draws, const lithe::context& ctx) {
+  const index_t N = p.decoder.exits();
+  return lithe::search_thresholds(N, draws, N - 1, 1, static_cast<double>(N), lithe::rng_key{5}, [&](lithe::threshold_point& point) {
+    const auto s = speak(p, d.tune, 32, {.rule = {.kind = lithe::exit_confidence::max_prob, .thresholds = point.thresholds}}, ctx);
+    point.quality = -s.error_rate();
+    point.cost = s.mean_exit();
+  });
+}
+
+/// Every way that the model offers; `search` draws for thresholds, `delta` of tolerated risk.
+inline std::vector<table_row> print_table(const pronouncer& p, const dictionary& d, const model_config& c, bool with_heads, index_t search,
+                                          double delta, const lithe::context& ctx) {
+  using lithe::exit_confidence;
+  const index_t N = p.decoder.exits();
+  table::print_head();
+  table t(p, d, ctx);
+  const auto add = [&](const std::string& name, exit_confidence kind, std::vector<double> thresholds) {
+    t.add(name, {.rule = {.kind = kind, .thresholds = std::move(thresholds)}});
+  };
+  for (index_t n = 1; n <= N; ++n) t.add(lithe::concat("all after block ", n), table::fixed(n));
+  if (with_heads && c.distribution == "geometric")
+    for (const double tau : {0.3, 0.5, 0.7, 0.9}) add(lithe::concat("geometric, threshold ", tau), exit_confidence::geometric, {tau});
+  if (with_heads && c.distribution == "multinomial") t.add("multinomial", {.rule = {.kind = exit_confidence::multinomial}});
+  if (with_heads && c.distribution == "sequence") t.add("sequence", {});
+  const std::pair<const char*, exit_confidence> kinds[] = {{"largest probability", exit_confidence::max_prob},
+                                                           {"top-two difference", exit_confidence::softmax_diff},
+                                                           {"entropy", exit_confidence::entropy},
+                                                           {"state saturation", exit_confidence::state}};
+  for (const auto& [name, kind] : kinds)
+    for (const double tau : {0.7, 0.9, 0.97}) add(lithe::concat(name, ", threshold ", tau), kind, {tau});
+  t.add("top-two difference, threshold 0.9, whole batch",
+        {.rule = {.kind = exit_confidence::softmax_diff, .thresholds = {0.9}, .whole_batch = true}});
+  if (search > 0 && N > 1)
+    for (const auto& point : searched(p, d, search, ctx))
+      add(lithe::concat("largest probability, searched, ", std::round(point.cost * 10) / 10), exit_confidence::max_prob, point.thresholds);
+  const double safe = calibrated(p, d, delta, ctx);
+  add(lithe::concat("top-two difference, calibrated to ", delta, ": ", safe), exit_confidence::softmax_diff, {safe});
+  if (N > 1)
+    for (const index_t drafts : {3, 5}) t.add(lithe::concat("self-speculation, ", drafts, " drafts"), {.drafts = drafts});
+  return t.rows;
+}
+
+/// Quality against depth, as the paper draws it: one point a row, those of fixed depth in grey.
+inline void draw(const std::string& path, const std::vector<table_row>& rows, index_t exits) {
+  std::ofstream svg(path);
+  lithe::require<lithe::io_error>(svg.good(), path, ": cannot be written");
+  double least = 100, most = 0;
+  for (const auto& r : rows) least = std::min(least, r.error_rate), most = std::max(most, r.error_rate);
+  const auto x = [&](double exit) { return 70 + (exit - 1) / static_cast<double>(std::max<index_t>(1, exits - 1)) * 480; };
+  const auto y = [&](double rate) { return 320 - (rate - least) / std::max(0.1, most - least) * 270; };
+  svg << "<svg xmlns='http://www.w3.org/2000/svg' width='640' height='380' font-family='sans-serif' font-size='11'>\n"
+      << "<text x='250' y='370'>mean exit (blocks)</text><text x='12' y='200' transform='rotate(-90 12 200)'>phone error rate, %</text>\n";
+  for (index_t n = 1; n <= exits; ++n) svg << "<text x='" << x(static_cast<double>(n)) - 3 << "' y='345'>" << n << "</text>\n";
+  for (int i = 0; i <= 4; ++i)
+    svg << "<text x='30' y='" << y(least + (most - least) * i / 4) + 4 << "'>" << std::round((least + (most - least) * i / 4) * 10) / 10
+        << "</text>\n";
+  for (const auto& r : rows) {
+    const bool fixed = r.name.find("all after") != std::string::npos || r.name.starts_with("baseline");
+    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' fill='" << (fixed ? "#888" : "#06c") << "'><title>" << r.name
+        << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
+  }
+  svg << "</svg>\n";
+}
+
+inline void write_results(const std::string& path, const std::string& model, std::uint64_t seed, const std::vector<table_row>& rows) {
+  std::ofstream out(path, std::ios::app);
+  lithe::require<lithe::io_error>(out.good(), path, ": cannot be written");
+  for (const auto& r : rows)
+    out << nlohmann::json{{"model", model},           {"seed", seed},           {"exits", r.name}, {"phone_error_rate", r.error_rate},
+                          {"mean_exit", r.mean_exit}, {"speed_up", r.speed_up}, {"bound", r.bound}}
+        << "\n";
+}

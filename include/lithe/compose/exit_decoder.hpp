@@ -1,0 +1,92 @@
+#pragma once
+
+#include "lithe/compose/adaptive_depth_decode.hpp"
+
+// R rows, D features, N exits, V classes
+namespace lithe::inline LITHE_ABI {
+
+/// An embedding and a stack with exits as one model to generate with, and when its tokens leave:
+///
+///     generate(exit_decoder(words, stack, memory, rule), prompts, {.most = 100}, key, ctx)
+///
+/// It borrows embedding, stack and memory. `embed` is the layer that turns tokens into rows (learned positions go on by themselves); of a memory each
+/// prompt reads one sequence. Prompts go through all blocks, behind them every row leaves by the rule (`adaptive_step`, which says what is thrown).
+template <class Embed, class Block, class Norm>
+class exit_decoder {
+ public:
+  using scalar = typename Block::scalar;
+  using S = scalar;
+  using memory_type = detail::memory_of<Block>;
+  struct cache {
+    cache_of<Embed> tokens;
+    adaptive_cache<Block> states;
+    std::vector<std::int32_t> exits;  ///< of the rows of the last step
+  };
+
+  exit_decoder(const Embed& embed, const adaptive_depth<Block, Norm>& model, memory_type memory = {}, exit_rule rule = {})
+      : embed_(&embed), model_(&model), memory_(memory), rule_(std::move(rule)) {}
+
+  [[nodiscard]] index_t exits() const { return model_->exits(); }
+  [[nodiscard]] index_t features() const { return model_->features(); }
+  [[nodiscard]] shape output_shape(std::span<const token_t> ids) const { return {static_cast<index_t>(ids.size()), model_->answers.classes()}; }
+
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
+    return {lithe::make_cache(*embed_, slots, capacity), make_adaptive_cache(*model_, slots, capacity),
+            std::vector<std::int32_t>(static_cast<std::size_t>(slots))};
+  }
+  /// Gives each of `prompts` prompts, whose slots stand side by side, its sequence of the memory. Throws shape_error for another number of sequences.
+  void start(index_t prompts, cache& c) const {
+    if constexpr (detail::reads_memory<Block>) {
+      require<shape_error>(memory_.rows.count() == prompts, "exit_decoder: expected a sequence of the memory for each of ", prompts, " prompts, got ",
+                           memory_.rows.count());
+      std::vector<index_t> source(c.exits.size());
+      for (std::size_t s = 0; s < source.size(); ++s) source[s] = static_cast<index_t>(s) / (c.states.slots() / prompts);
+      start_memory(*model_, memory_, source, c.states);
+    }
+  }
+  /// One new token for each slot of ctx.slots: logits [R x V], and c.exits.
+  void decode(std::span<const token_t> ids, matrix_view<S> logits, cache& c, const context& ctx) const {
+    const scratch<S> x(ctx, logits.rows(), features());
+    lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
+    adaptive_step<Block, Norm>(*model_, x, memory_, logits, std::span(c.exits).first(ids.size()), c.states, rule_, ctx);
+  }
+  void fill(std::span<const token_t> ids, cache& c, const context& ctx) const {
+    const scratch<S> x(ctx, static_cast<index_t>(ids.size()), features());
+    lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
+    prefill(*model_, matrix_view<const S>(x), memory_, c.states, ctx);
+  }
+  void truncate(cache& c, index_t slot, index_t length) const {
+    lithe::truncate(*embed_, c.tokens, slot, length);
+    lithe::truncate(*model_, c.states, slot, length);
+  }
+  void permute(cache& c, std::span<const index_t> order) const {
+    lithe::permute(*embed_, c.tokens, order);
+    lithe::permute(*model_, c.states, order);
+  }
+
+  /// Drafting: one new token for each slot goes through blocks 1 .. exit; its states [R x D].
+  void draft(index_t exit, std::span<const token_t> ids, matrix_view<S> states, cache& c, const context& ctx) const {
+    const scratch<S> x(ctx, states.rows(), features());
+    lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
+    decode_blocks<Block, Norm>(*model_, 1, exit, x, memory_, states, c.states, ctx);
+  }
+  /// What an exit answers to states [R x D]: logits [R x V].
+  void answer(index_t exit, matrix_view<const S> states, matrix_view<S> logits, const context& ctx) const {
+    model_->answers.answer(exit, states, logits, ctx);
+  }
+  /// Drafted states go through the blocks above `exit`: the full model's logits, and the slots are as long as if it had decoded the tokens.
+  void verify(index_t exit, matrix_view<const S> states, matrix_view<S> logits, cache& c, const context& ctx) const {
+    const scratch<S> top(ctx, states.rows(), features());
+    decode_blocks<Block, Norm>(*model_, exit + 1, exits(), states, memory_, top, c.states, ctx);
+    answer(exits(), top, logits, ctx);
+    advance<Block>(top, c.states, ctx);
+  }
+
+ private:
+  const Embed* embed_;
+  const adaptive_depth<Block, Norm>* model_;
+  memory_type memory_;
+  exit_rule rule_;
+};
+
+}  // namespace lithe::inline LITHE_ABI
