@@ -29,7 +29,7 @@ std::vector<contender> contenders(const tables::options& o) {
   std::vector<contender> all{
       {"dense", 0, true, [](rng_key key) { return tables::facts::dense(512, key); }},
       {"experts", 0, true, [](rng_key key) { return mixture_of_experts<float>({.features = width, .hidden = 160, .experts = 64}, key); }}};
-  for (const index_t side : o.pick<std::vector<index_t>>({32, 128}, {32, 64, 128, 256}, {16, 32, 64, 128, 256, 512})) {
+  for (const index_t side : o.pick<std::vector<index_t>>({32, 128}, {32, 64, 128}, {16, 32, 64, 128, 256, 512})) {
     all.push_back(product_keys(side, side == 128));
     all.push_back(ultra_mems(side, side == 128));
   }
