@@ -19,10 +19,16 @@ inline const corpus& bundled_text(index_t context) {
   return text;
 }
 
-/// Trains a model from its seed and evaluates it on held-out text; tell(share) hears how far it is.
-inline outcome train(const model_config& c, const training_config& r, const lithe::context& ctx, const std::function<void(double)>& tell) {
+/// Trains a model from its seed and evaluates it on held-out text; tell(share) hears how far it is. `change` may first put other layers in it.
+inline outcome train(const model_config& c, const training_config& r, const lithe::context& ctx, const std::function<void(double)>& tell,
+                     const std::function<void(language_model&)>& change = {}) {
   const corpus& data = bundled_text(c.context);
   trainer t("", c, r);
+  if (change) {
+    change(t.model);
+    t.adam = lithe::optimiser<real>(trainer::optimiser_settings(t.model, r));
+    t.gradient = lithe::make_gradient(t.model);
+  }
   while (t.step < r.steps) {
     t.train_step(data, r, ctx);
     tell(static_cast<double>(t.step) / static_cast<double>(r.steps));

@@ -522,6 +522,47 @@ TEST(ultra_mem, starts_as_published) {
   EXPECT_THROW(memory(v2, rng_key{1}), config_error);
 }
 
+TEST(ultra_mem, values_of_the_second_paper_follow_from_its_scores) {
+  auto c = second();
+  c.sub_keys = 60;
+  c.start = {.kind = ultra_mem_start_kind::paper_v2, .blocks = 20, .inner_ratio = 3};
+  const memory m(c, rng_key{1});
+  matrix<double> y;
+  const auto r = recorded(m, input(2000, 77), y);
+  const index_t picks = r.addresses.value.cols();
+  double sum = 0, square = 0;
+  for (index_t i = 0; i < r.scores.size(); i += 2) {
+    const double score = r.scores.data()[i] + r.scores.data()[i + 1];
+    sum += score;
+    square += score * score;
+  }
+  const double count = 2000.0 * static_cast<double>(picks), variance = square / count - sum * sum / (count * count);
+  const double deviation = std::pow(0.2 * 3 * D / (4 * (1 + variance) * 6 * 8 * 20), 0.25);
+  EXPECT_NEAR(m.expansion.values.view().map().norm() / std::sqrt(900 * 8), deviation, 0.05 * deviation);  // the score's variance is sampled
+  EXPECT_NEAR(m.expansion.pre_values.view().map().norm() / std::sqrt(900 * 6), deviation, 0.05 * deviation);
+}
+
+TEST(ultra_mem, presets_have_the_published_parts) {
+  constexpr index_t F = 12;
+  const auto tiny = [](ultra_mem_config c) {
+    c.sub_keys = 10;
+    c.top_k = 4;
+    return memory(c, rng_key{1});
+  };
+  const auto v1 = tiny(ultra_mem_v1(F)), paper = tiny(ultra_mem_paper(F, 12)), v2 = tiny(ultra_mem_v2(F));
+  EXPECT_EQ(v1.query.projection.weight.rows(), 2 * v1.config.key_width);             // one query for all heads and ranks
+  EXPECT_EQ(v1.expansion.projection.weight.cols(), 4 * F / 2);                       // a projection for each virtual table
+  EXPECT_TRUE(v1.query.convolution.none());
+  EXPECT_EQ(paper.query.convolution.weight.size(), 5 * F);
+  EXPECT_EQ(paper.query.norm.kind, score_norm_kind::layer);
+  matrix<double> y;
+  EXPECT_GT(recorded(paper, input(T, 2, F), y).rank_loss.loss, 0);
+  EXPECT_EQ(v2.query.projection.weight.rows(), 2 * 2 * v2.config.key_width);         // one for each rank
+  EXPECT_EQ(v2.expansion.projection.weight.cols(), v2.config.value_width);           // one projection
+  EXPECT_EQ(v2.expansion.pre_values.view().map().size(), 100 * v2.config.pre_width);
+  for (const memory* m : {&v1, &paper, &v2}) EXPECT_GT(output_of(*m, input(T, 2, F)).norm(), 0);
+}
+
 TEST(ultra_mem, masked_rows_give_nothing_and_touch_nothing) {
   auto c = small();
   c.balance = 1;
