@@ -40,12 +40,24 @@ struct trainer {
 
   model_config config;
   Model model;
-  lithe::optimiser<S> adam{{.weight_decay = 0.01, .groups = {{.pattern = "*.values", .rate = 3}, {.pattern = "*bias", .weight_decay = 0}}}};
+  lithe::optimiser<S> adam;
   lithe::gradient_of<Model> gradient;
   lithe::exit_training_record<decoder_type> record;
   std::int64_t step = 0;
 
-  trainer(const model_config& c, Model m) : config(c), model(std::move(m)), gradient(lithe::make_gradient(model)) { adam.prepare(model, gradient); }
+  trainer(const model_config& c, Model m)
+      : config(c), model(std::move(m)), adam(optimiser_settings(model)), gradient(lithe::make_gradient(model)) {
+    adam.prepare(model, gradient);
+  }
+  /// Rows of a memory are seldom touched, so they move faster.
+  static lithe::optimiser_config optimiser_settings(const Model& model) {
+    lithe::optimiser_config o{.weight_decay = 0.01};
+    bool tables = false;
+    lithe::for_each_tensor([&](const std::string& name, lithe::role, const auto&) { tables = tables || name.ends_with(".values"); }, model);
+    if (tables) o.groups.push_back({.pattern = "*.values", .rate = 3});
+    o.groups.push_back({.pattern = "*bias", .weight_decay = 0});
+    return o;
+  }
 
   [[nodiscard]] const auto& words() const { return std::get<0>(model.layers); }
   [[nodiscard]] const decoder_type& decoder() const { return std::get<1>(model.layers); }
