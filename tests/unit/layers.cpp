@@ -256,6 +256,16 @@ TEST(embedding, refuses_foreign_tokens) {
   }
 }
 
+TEST(layers, sizes_below_1_are_refused_before_anything_is_made_of_them) {
+  EXPECT_THROW(linear<double>({.inputs = 8, .outputs = -1}, {1}), config_error);
+  EXPECT_THROW(linear<double>({.inputs = -1, .outputs = 8}, {1}), config_error);
+  EXPECT_THROW(embedding<double>({.tokens = 4, .features = -1}, {1}), config_error);
+  EXPECT_THROW(embedding<double>({.tokens = 4, .features = 8, .positions = -1}, {1}), config_error);
+  EXPECT_THROW(layer_norm<double>(-1), config_error);
+  EXPECT_THROW(rms_norm<double>(0), config_error);
+  EXPECT_THROW(batch_norm<double>(-1), config_error);
+}
+
 TEST(layers, no_tokens_are_no_trouble) {
   matrix<double> x(0, 6), y(0, 6), dx(0, 6);
   const auto run = [&](const auto& l) {

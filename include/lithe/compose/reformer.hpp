@@ -1,5 +1,8 @@
 #pragma once
 
+#include <algorithm>
+#include <numeric>
+
 #include "lithe/compose/one_of.hpp"
 #include "lithe/compose/pre_norm.hpp"
 #include "lithe/compose/reversible_language_model.hpp"
@@ -55,14 +58,16 @@ template <std::floating_point S>
     l.bias.setZero();
   };
   const auto norm = [&](index_t width) { return layer_norm<S>(width, static_cast<S>(c.norm_epsilon)); };
+  const auto& widths = c.position_widths;
+  require<config_error>(std::all_of(widths.begin(), widths.end(), [&](index_t w) { return w >= 1 && w <= c.features; }) &&
+                            std::accumulate(widths.begin(), widths.end(), index_t{0}) == c.features,
+                        "reformer: expected position widths of at least 1 whose sum is the ", c.features, " features; they are not");
   reformer<S> m;
   m.words = embedding<S>({.tokens = c.vocabulary, .features = c.features, .deviation = c.deviation}, key.child(0));
   m.drop = dropout<S>(c.dropout);
   m.positions = axial_positions<S>(
       {.shape = c.position_shape, .widths = c.position_widths, .deviation = c.position_deviation, .dropout = c.dropout}, key.child(1));
   require<config_error>(c.local_chunk >= 1 && c.lsh_chunk >= 1, "reformer: expected chunks of at least 1 token, got ", c.local_chunk, " and ", c.lsh_chunk);
-  require<config_error>(m.positions.features() == c.features, "reformer: expected position widths whose sum is the ", c.features, " features, got ",
-                        m.positions.features());
   for (std::size_t i = 0; i < c.layers.size(); ++i) {
     const rng_key k = key.child(100 + i);
     feed_forward<S> inner({.features = c.features, .hidden = c.hidden, .kind = c.kind, .dropout = c.dropout}, k);

@@ -23,6 +23,17 @@ concept tapped_layer = layer<B> && requires(const B b, matrix_view<const typenam
   b.backward_tapped(x, r, x, x, y, g, ctx);
 };
 
+namespace detail {
+
+template <class B>
+consteval bool explain_tapped() {
+  static_assert(tapped_layer<B>, "lithe: a skip unit reads a value inside a block, so a skip_stack needs blocks with forward_tapped, tapped and "
+                                 "backward_tapped, such as `tapped_block`; a reversible block keeps nothing inside that a unit could read.");
+  return true;
+}
+
+}  // namespace detail
+
 /// The block of a pre-norm Transformer: h = mix(x), tap = norm(h), y = h + feed(tap). Mix holds its own residual connection. A memory as
 /// `Feed` stands in place of the feed-forward; one that a skip_stack has read and join at this block runs beside it.
 template <layer Mix, layer Norm, layer Feed>
@@ -178,8 +189,9 @@ inline void check_skip_ranges(std::span<const skip_range> ranges, index_t blocks
 /// `concurrent` runs a unit that joins later beside the block after the one that it reads, each on one worker: the same bits, and less
 /// time where a block leaves workers idle or a lookup waits for memory. Not for tables whose calls are collective. Throws config_error
 /// for ranges that do not fit (check_skip_ranges), shape_error.
-template <tapped_layer B, layer U>
+template <class B, class U>
 struct skip_stack {
+  static_assert(detail::explain_tapped<B>() && explain_layer<U>());
   using scalar = typename B::scalar;
   using S = scalar;
   struct record {

@@ -12,11 +12,23 @@ template <class L>
   requires requires { L::looks_across; }
 inline constexpr bool looks_across_tokens<L> = L::looks_across;
 
+namespace detail {
+
+template <class L>
+consteval bool explain_decoding() {
+  static_assert(cached_layer<L> || !looks_across_tokens<L>, "lithe: this layer looks across tokens but has no cache, so it cannot decode as a part of "
+                                                            "another; a stack with exits decodes by adaptive_step and generate.");
+  return true;
+}
+
+}  // namespace detail
+
 // The decode interface for any layer: a position-wise one has no cache and decodes by its forward.
 
 /// A cache for `slots` sequences of up to `capacity` tokens.
 template <class L>
 [[nodiscard]] cache_of<L> make_cache(const L& l, index_t slots, index_t capacity) {
+  static_assert(detail::explain_decoding<L>());
   if constexpr (cached_layer<L>)
     return l.make_cache(slots, capacity);
   else

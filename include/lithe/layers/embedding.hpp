@@ -33,9 +33,11 @@ struct embedding {
   matrix<S> weight, position;
 
   embedding() = default;
-  embedding(embedding_config c, rng_key key) : weight(c.tokens, c.features), position(c.positions, c.features) {
+  embedding(embedding_config c, rng_key key) {
     require<config_error>(c.tokens >= 1 && c.features >= 1 && c.positions >= 0, "embedding: expected at least 1 token and 1 feature, got ", c.tokens,
                           " and ", c.features);
+    weight.resize(c.tokens, c.features);
+    position.resize(c.positions, c.features);
     fill_normal<S>(weight, c.deviation, key.child(0));
     fill_normal<S>(position, c.deviation, key.child(1));
   }

@@ -27,8 +27,10 @@ struct linear {
   packed_matrix<S> packed;  ///< a copy of `weight` for inference, made by `prepack`
 
   linear() = default;
-  linear(linear_config c, rng_key key) : weight(c.outputs, c.inputs), bias(c.bias ? 1 : 0, c.outputs) {
+  linear(linear_config c, rng_key key) {
     require<config_error>(c.inputs >= 1 && c.outputs >= 1, "linear: expected at least 1 input and 1 output, got ", c.inputs, " and ", c.outputs);
+    weight.resize(c.outputs, c.inputs);
+    bias.resize(c.bias ? 1 : 0, c.outputs);
     const double bound = 1 / std::sqrt(static_cast<double>(c.inputs));
     fill_uniform<S>(weight, bound, key.child(0));
     fill_uniform<S>(bias, bound, key.child(1));

@@ -23,9 +23,10 @@ struct row_norm {
   S epsilon = S(1e-5);
 
   row_norm() = default;
-  explicit row_norm(index_t features, S epsilon_ = S(1e-5))
-      : weight(matrix<S>::Ones(1, features)), bias(matrix<S>::Zero(Centred ? 1 : 0, features)), epsilon(epsilon_) {
+  explicit row_norm(index_t features, S epsilon_ = S(1e-5)) : epsilon(epsilon_) {
     require<config_error>(features >= 1, name, ": expected at least 1 feature, got ", features);
+    weight.setOnes(1, features);
+    bias.setZero(Centred ? 1 : 0, features);
   }
 
   shape output_shape(matrix_view<const S> x) const {
@@ -98,10 +99,10 @@ struct batch_norm {
   S epsilon = S(1e-5), momentum = S(0.1);
 
   batch_norm() = default;
-  explicit batch_norm(index_t features)
-      : weight(matrix<S>::Ones(1, features)), bias(matrix<S>::Zero(1, features)), running_mean(matrix<S>::Zero(1, features)),
-        running_var(matrix<S>::Ones(1, features)) {
+  explicit batch_norm(index_t features) {
     require<config_error>(features >= 1, "batch_norm: expected at least 1 feature, got ", features);
+    for (matrix<S>* m : {&weight, &running_var}) m->setOnes(1, features);
+    for (matrix<S>* m : {&bias, &running_mean}) m->setZero(1, features);
   }
 
   shape output_shape(matrix_view<const S> x) const {

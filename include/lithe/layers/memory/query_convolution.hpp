@@ -29,8 +29,9 @@ struct query_convolution {
   matrix<S> weight;  // [W x D], the newest row last
 
   query_convolution() = default;
-  query_convolution(index_t width, index_t features, rng_key key) : weight(width, features) {
+  query_convolution(index_t width, index_t features, rng_key key) {
     require<config_error>(width >= 0, "query_convolution: expected a width of 0 (none) or more, got ", width);
+    weight.resize(width, features);
     fill_normal<S>(weight, 0.02, key);
     if (width > 0) weight.row(width - 1).array() += S(1);
   }

@@ -1,0 +1,138 @@
+#pragma once
+
+// One byte-level language model out of all systems: what it is described by, and how it is built.
+
+#include <lithe/io/state.hpp>
+#include <lithe/lithe.hpp>
+#include <nlohmann/json.hpp>
+
+using lithe::index_t;
+using lithe::token_t;
+
+// The model in ten lines. The kinds of a block's two parts are chosen innermost, so that all around them is compiled once; a program that
+// wants one kind alone writes it in the place of the choice: model_of<float, lithe::lsh_attention<float>, lithe::ultra_mem<float>>.
+template <class S>
+using any_attention = lithe::one_of<lithe::lsh_attention<S>, lithe::bucket_attention<S>, lithe::local_attention<S>, lithe::collaborative_attention<S>>;
+template <class S>
+using any_feed_forward = lithe::one_of<lithe::feed_forward<S>, lithe::product_key_memory<S>, lithe::ultra_mem<S>>;
+template <class Attention, class Feed>
+using blocks_of = lithe::reversible_stack<lithe::reversible<lithe::pre_norm<Attention>, lithe::pre_norm<Feed>>>;
+template <class S, class Attention = any_attention<S>, class Feed = any_feed_forward<S>>
+using model_of = lithe::sequential<lithe::embedding<S>, lithe::adaptive_depth<blocks_of<Attention, Feed>>>;
+
+inline constexpr index_t byte_values = 256;
+
+/// What a model is built from: a JSON object with these keys, those that are left out as here; saved in the model's file.
+struct model_config {
+  std::vector<std::string> attention{"local", "lsh"};             ///< of each block: lsh, bucket, local or collaborative
+  std::vector<std::string> feed_forward{"chunked", "memory"};     ///< of each block: chunked, memory or ultramem
+  index_t blocks_per_exit = 1;
+  index_t features = 64, heads = 4, context = 256;                ///< features of one of the two streams
+  index_t window = 32, rounds = 2;                                ///< tokens in a window of local and LSH attention; rounds of hashing
+  index_t hidden = 256;                                           ///< of the feed-forward, 64 tokens at a time
+  index_t sub_keys = 64, top_k = 8;                               ///< of both memories: sub_keys² slots
+  double dropout = 0, exit_loss = 0.1;                            ///< exit_loss: weight of the loss that trains the predictor of exits
+  std::uint64_t seed = 1;
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(model_config, attention, feed_forward, blocks_per_exit, features, heads, context, window, rounds,
+                                                hidden, sub_keys, top_k, dropout, exit_loss, seed)
+
+/// Throws config_error unless a model can be built.
+inline void check(const model_config& c) {
+  const auto within = [](const char* key, auto value, auto least, auto most) {
+    lithe::require<lithe::config_error>(value >= least && value <= most, "configuration: ", key, ": expected ", least, " to ", most, ", got ", value);
+  };
+  const auto known = [](const char* key, const std::vector<std::string>& kinds, std::initializer_list<const char*> all, const char* names) {
+    for (const std::string& kind : kinds)
+      lithe::require<lithe::config_error>(std::find(all.begin(), all.end(), kind) != all.end(), "configuration: ", key, ": expected ", names, ", got '", kind, "'");
+  };
+  const auto blocks = static_cast<index_t>(c.attention.size());
+  within("the number of kinds of attention, one for each block", blocks, index_t{1}, index_t{256});
+  lithe::require<lithe::config_error>(c.feed_forward.size() == c.attention.size(), "configuration: feed_forward: expected a kind for each of ", blocks,
+                                      " blocks, got ", c.feed_forward.size());
+  known("attention", c.attention, {"lsh", "bucket", "local", "collaborative"}, "lsh, bucket, local or collaborative");
+  known("feed_forward", c.feed_forward, {"chunked", "memory", "ultramem"}, "chunked, memory or ultramem");
+  within("blocks_per_exit", c.blocks_per_exit, index_t{1}, blocks);
+  within("features", c.features, index_t{2}, index_t{8192});
+  within("heads", c.heads, index_t{1}, c.features);
+  within("context", c.context, index_t{2}, index_t{1} << 24);
+  within("window", c.window, index_t{1}, c.context);
+  within("rounds", c.rounds, index_t{1}, index_t{64});
+  within("hidden", c.hidden, index_t{1}, index_t{65536});
+  within("sub_keys", c.sub_keys, index_t{2}, index_t{8192});
+  within("top_k", c.top_k, index_t{1}, c.sub_keys);
+  within("dropout", c.dropout, 0.0, 0.95);
+  within("exit_loss", c.exit_loss, 0.0, 100.0);
+  lithe::require<lithe::config_error>(blocks % c.blocks_per_exit == 0 && c.features % c.heads == 0 && c.sub_keys % 2 == 0,
+                                      "configuration: expected blocks divisible by blocks_per_exit, features by heads and sub_keys by 2, got ", blocks, " / ",
+                                      c.blocks_per_exit, ", ", c.features, " / ", c.heads, " and ", c.sub_keys);
+}
+
+/// A configuration from JSON text. Throws config_error that names the key and says what was expected.
+inline model_config parse_config(const std::string& text) {
+  using lithe::config_error;
+  const nlohmann::json given = nlohmann::json::parse(text, nullptr, false), known = model_config{};
+  lithe::require<config_error>(given.is_object(), "configuration: expected a JSON object");
+  for (const auto& [key, value] : given.items()) {
+    lithe::require<config_error>(known.contains(key), "configuration: there is no key '", key, "'");
+    const auto& like = known[key];
+    const bool strings = value.is_array() && std::all_of(value.begin(), value.end(), [](const auto& v) { return v.is_string(); });
+    lithe::require<config_error>(like.is_array() ? strings : like.is_number_float() ? value.is_number() : value.is_number_integer(), "configuration: ", key,
+                                 ": expected ", like.is_array() ? "a list of strings" : like.is_number_float() ? "a number" : "a whole number", ", got a JSON ",
+                                 value.type_name());
+  }
+  const auto config = given.get<model_config>();
+  check(config);
+  return config;
+}
+
+/// The two parts of a block, by the names of their kinds.
+template <class S>
+any_attention<S> make_attention(const model_config& c, const std::string& kind, lithe::rng_key key) {
+  using namespace lithe;
+  const token_hash_config hash{.rounds = c.rounds, .buckets = automatic_buckets(bucket_rule::power_of_two, c.context, c.window)};
+  if (kind == "lsh") return lsh_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash, .chunk = c.window}, key);
+  if (kind == "bucket") return bucket_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash}, key);
+  if (kind == "local") return local_attention<S>({.inputs = c.features, .heads = c.heads, .chunk = c.window, .causal = true}, key);
+  return collaborative_attention<S>({.inputs = c.features, .heads = c.heads, .key_width = std::max<index_t>(1, c.features / 2), .causal = true}, key);
+}
+template <class S>
+any_feed_forward<S> make_feed_forward(const model_config& c, const std::string& kind, lithe::rng_key key) {
+  using namespace lithe;
+  const index_t heads = 2, width = std::max<index_t>(2, c.features / 2 * 2 / heads);
+  if (kind == "memory")
+    return product_key_memory<S>({.inputs = c.features, .heads = heads, .sub_keys = c.sub_keys, .key_width = width / 2 * 2, .top_k = c.top_k}, key);
+  if (kind == "ultramem")
+    return ultra_mem<S>({.features = c.features, .heads = heads, .sub_keys = c.sub_keys, .key_width = width, .top_k = c.top_k,
+                         .value_width = std::max<index_t>(2, c.features / 2 / 2 * 2)}, key);
+  return lithe::feed_forward<S>({.features = c.features, .hidden = c.hidden, .kind = activation::gelu, .chunk = 64}, key);
+}
+
+/// Builds the model that a configuration describes. `Attention` and `Feed` other than a choice must be what the configuration names.
+template <class S, class Attention = any_attention<S>, class Feed = any_feed_forward<S>>
+model_of<S, Attention, Feed> make_model(const model_config& c) {
+  using namespace lithe;
+  check(c);
+  const rng_key key{c.seed};
+  // The part of a block: norm, the layer, dropout. Dropout of LSH attention alone is its own affair.
+  const auto part = [&]<class Part>(auto chosen, std::type_identity<Part>) {
+    const double rate = fused_part<Part> ? 0 : c.dropout;
+    if constexpr (std::same_as<Part, decltype(chosen)>)
+      return pre_norm<Part>(layer_norm<S>(c.features), std::move(chosen), rate);
+    else
+      return pre_norm<Part>(layer_norm<S>(c.features), std::get<Part>(std::move(chosen.value)), rate);
+  };
+  adaptive_depth<blocks_of<Attention, Feed>> decoder;
+  for (std::size_t i = 0; i < c.attention.size(); ++i) {
+    const rng_key k = key.child(100 + i);
+    if (i % static_cast<std::size_t>(c.blocks_per_exit) == 0) decoder.stack.blocks.emplace_back();
+    decoder.stack.blocks.back().blocks.emplace_back(part(make_attention<S>(c, c.attention[i], k.child(0)), std::type_identity<Attention>{}),
+                                                    part(make_feed_forward<S>(c, c.feed_forward[i], k.child(1)), std::type_identity<Feed>{}));
+  }
+  const index_t width = 2 * c.features, exits = decoder.exits();
+  decoder.answers = exit_classifiers<S>({.exits = exits, .features = width, .classes = byte_values}, key.child(1));
+  if (c.exit_loss > 0) decoder.halt = halting<S>({.exits = exits, .features = width}, key.child(2));
+  // An embedding for each of the two streams, side by side.
+  return model_of<S, Attention, Feed>(embedding<S>({.tokens = byte_values, .features = width, .positions = c.context, .deviation = 1}, key.child(0)),
+                                      std::move(decoder));
+}
