@@ -19,7 +19,7 @@ void check(bool holds, const char* what) {
   std::abort();
 }
 
-/// Builds the model if it is small, after what it says in a dry run.
+/// Whether the text was taken; what was taken is built if it is small.
 bool read_together(const std::string& text) {
   try {
     model_config c = parse_config(text);
