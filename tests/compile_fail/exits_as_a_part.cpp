@@ -1,4 +1,4 @@
-// expect: a stack with exits decodes by adaptive_step and generate.
+// expect: a stack with exits decodes in an exit_decoder.
 #include "lithe/compose/adaptive_depth.hpp"
 #include "lithe/compose/generator.hpp"
 #include "lithe/compose/sequential.hpp"

@@ -17,7 +17,7 @@ namespace detail {
 template <class L>
 consteval bool explain_decoding() {
   static_assert(cached_layer<L> || !looks_across_tokens<L>, "lithe: this layer looks across tokens but has no cache, so it cannot decode as a part of "
-                                                            "another; a stack with exits decodes by adaptive_step and generate.");
+                                                            "another; a stack with exits decodes in an exit_decoder.");
   return true;
 }
 
