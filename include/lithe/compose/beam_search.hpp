@@ -63,7 +63,8 @@ class beam_search {
       const S largest = row.maxCoeff();
       const double log_sum = std::log(static_cast<double>((row - largest).exp().sum())) + static_cast<double>(largest);
       for (index_t v = 0; v < logits.cols(); ++v)
-        candidates_.push_back({log_p_[at(b * beams_ + k)] + static_cast<double>(row[v]) - log_sum, k, static_cast<token_t>(v), batch_.exit_of_row(first + k)});
+        candidates_.push_back(
+            {log_p_[at(b * beams_ + k)] + static_cast<double>(row[v]) - log_sum, k, static_cast<token_t>(v), batch_.exit_of_row(first + k)});
     }
     const auto wanted = std::min(candidates_.size(), at(2 * beams_));
     std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(wanted), candidates_.end(),
@@ -115,8 +116,8 @@ class beam_search {
 
 }  // namespace detail
 
-/// Beam search: for each prompt the `beams` best continuations by Σ log p are kept; what ends is scored by Σ log p / length, and the best of those (of
-/// what is left at `most` tokens, if none has ended) is the result. With exits every beam's tokens have exits of their own. Nothing is drawn:
+/// Beam search: for each prompt the `beams` best continuations by Σ log p are kept; what ends is scored by Σ log p / length, and the best of those
+/// (of what is left at `most` tokens, if none has ended) is the result. With exits every beam's tokens have exits of their own. Nothing is drawn:
 /// `config.how` and drafts have no part in it. Throws config_error unless beams >= 1 and config.most >= 1, and as `generator` does.
 template <token_decoder Model>
 [[nodiscard]] generation generate_by_beams(const Model& model, std::span<const std::vector<token_t>> prompts, index_t beams,

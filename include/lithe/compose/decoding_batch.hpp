@@ -10,9 +10,11 @@ namespace lithe::inline LITHE_ABI {
 
 /// A model that continues texts: a layer from tokens to logits [V] that can decode, or an `exit_decoder`.
 template <class M>
-concept token_decoder = requires { typename M::scalar; } && requires(const M& m, std::span<const token_t> ids, matrix_view<typename M::scalar> y,
-                                                                     typename M::cache c, const context& ctx, index_t n,
-                                                                     std::span<const index_t> order) {
+concept token_decoder = requires {
+  typename M::scalar;
+}
+&&requires(const M& m, std::span<const token_t> ids, matrix_view<typename M::scalar> y, typename M::cache c, const context& ctx, index_t n,
+           std::span<const index_t> order) {
   { m.output_shape(ids) } -> std::same_as<shape>;
   { m.make_cache(n, n) } -> std::same_as<typename M::cache>;
   m.decode(ids, y, c, ctx);
@@ -138,7 +140,9 @@ class decoding_batch {
   [[nodiscard]] std::span<const token_t> text(index_t slot) const { return texts_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] std::span<const std::int32_t> exits(index_t slot) const { return exits_[static_cast<std::size_t>(slot)]; }
   /// The text behind the prompt.
-  [[nodiscard]] std::span<const token_t> continuation(index_t slot) const { return text(slot).subspan(prompt_lengths_[static_cast<std::size_t>(slot)]); }
+  [[nodiscard]] std::span<const token_t> continuation(index_t slot) const {
+    return text(slot).subspan(prompt_lengths_[static_cast<std::size_t>(slot)]);
+  }
   [[nodiscard]] typename Model::cache& cache() { return cache_; }
   [[nodiscard]] const typename Model::cache& cache() const { return cache_; }
 

@@ -172,7 +172,7 @@ class generator {
     const index_t R = live(), U = R == 0 ? 0 : rows_of_round(), V = batch_.classes(), D = model_->features();
     if (R == 0) return 0;
     const scratch<scalar> early(ctx, R * U, D), logits(ctx, R * U, V);
-    const scratch<token_t> fed(ctx, R, U);                   // [r, u]: the token at position u of the round
+    const scratch<token_t> fed(ctx, R, U);                    // [r, u]: the token at position u of the round
     const scratch<double> q(ctx, R * (U - 1), V), p(ctx, V);  // by which fed[r, u + 1] was drawn: row r (U - 1) + u
     draft(early, fed.view(), q.view(), ctx);
     model_->verify(config_.draft_exit, early, logits, batch_.cache(), batch_.over_rows(U, ctx));
@@ -185,9 +185,9 @@ class generator {
         watch(i, row);
         token_probabilities<scalar>(row, config_.how, p.span(), ctx);
         stands = u + 1 < U;
-        const token_t next = stands ? correct_token(fed.row(r)[u + 1], {q.row(r * (U - 1) + u), static_cast<std::size_t>(V)}, p.span(),
-                                                    draw(i, 0, 2), draw(i, 0, 3))
-                                    : draw_token(p.span(), draw(i, 0, 0));
+        const token_t next =
+            stands ? correct_token(fed.row(r)[u + 1], {q.row(r * (U - 1) + u), static_cast<std::size_t>(V)}, p.span(), draw(i, 0, 2), draw(i, 0, 3))
+                   : draw_token(p.span(), draw(i, 0, 0));
         stands = stands && next == fed.row(r)[u + 1];
         accepted_ += stands;
         batch_.append(i, next, static_cast<std::int32_t>(stands ? config_.draft_exit : model_->exits()));
