@@ -1,39 +1,107 @@
-// Continues a prompt with a model that train_language_model saved: one file holds all that is needed.
+// Continues a prompt with a model that train_language_model or train_exits saved: one file holds all that is needed.
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 
-#include "language_model.hpp"
+#include "exit_model.hpp"
 
-int main(int argc, char** argv) {
-  std::string path, prompt = "And it came to pass";
-  index_t length = 400;
-  lithe::sampling how{.temperature = 0.7};
+namespace {
+
+const std::map<std::string, lithe::exit_confidence> exit_kinds{
+    {"full", lithe::exit_confidence::fixed},        {"geometric", lithe::exit_confidence::geometric},
+    {"max_prob", lithe::exit_confidence::max_prob}, {"softmax_diff", lithe::exit_confidence::softmax_diff},
+    {"entropy", lithe::exit_confidence::entropy},   {"state", lithe::exit_confidence::state}};
+
+struct run_config {
+  std::string path, prompt = "And it came to pass", exit = "full";
+  lithe::generator_config text{.how = {.temperature = 0.7}, .most = 400};
+  double threshold = 0.9;
   std::uint64_t seed = 1;
   int workers = 1;
-  CLI::App app{"Continues a prompt with a saved language model."};
-  app.add_option("model", path, "file saved by train_language_model")->required();
-  app.add_option("--prompt", prompt)->capture_default_str();
-  app.add_option("--length", length, "bytes to generate")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--temperature", how.temperature, "0 = the most likely byte")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--top-k", how.top_k, "draw from the k most likely bytes; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--top-p", how.top_p, "draw from the fewest bytes that reach this probability")->capture_default_str();
-  app.add_option("--seed", seed)->capture_default_str();
-  app.add_option("--workers", workers, "threads")->check(CLI::PositiveNumber)->capture_default_str();
+};
+
+/// Each byte in the colour of its depth, green for the first block, red for the top; where there are no colours, digits below each line.
+void print_depths(const std::string& prompt, std::span<const token_t> text, std::span<const std::int32_t> exits, index_t blocks) {
+  const bool colour = isatty(STDOUT_FILENO) != 0 && std::getenv("NO_COLOR") == nullptr;
+  constexpr int ramp[] = {46, 118, 190, 226, 214, 202, 196};
+  std::printf("%s", prompt.c_str());
+  std::string digits(prompt.size() - (prompt.rfind('\n') + 1), ' ');  // below what is on the last line
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const auto byte = static_cast<char>(text[i]);
+    if (colour) {
+      std::printf("\033[38;5;%dm%c\033[0m", ramp[(exits[i] - 1) * 6 / std::max<index_t>(1, blocks - 1)], byte);
+      continue;
+    }
+    digits += static_cast<char>(exits[i] < 10 ? '0' + exits[i] : '+');
+    if (byte != '\n') std::printf("%c", byte);
+    if (byte == '\n' || i + 1 == text.size()) std::printf("\n%s\n", std::exchange(digits, "").c_str());
+  }
+  std::printf("\n");
+}
+
+template <class Model>
+lithe::generation continued(const Model& model, const run_config& r, const lithe::context& ctx) {
+  const std::string start = r.prompt.empty() ? "\n" : r.prompt;
+  std::vector<std::vector<token_t>> prompts(1);
+  for (const char b : start) prompts[0].push_back(static_cast<unsigned char>(b));
+  const auto begin = std::chrono::steady_clock::now();
+  auto out = lithe::generate(model, prompts, r.text, lithe::rng_key{r.seed}, ctx);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  std::fprintf(stderr, "%.0f bytes/s\n", static_cast<double>(out.tokens[0].size()) / seconds);
+  return out;
+}
+
+void run(run_config r, const lithe::context& ctx) {
+  const model_config config = read_config(r.path);
+  lithe::require<lithe::config_error>(config.objective == "causal", r.path, ": a masked model fills gaps, it cannot continue a prompt");
+  r.text.capacity = config.context;
+  if (!has_exits(r.path)) {
+    lithe::require<lithe::config_error>(r.exit == "full" && r.text.drafts == 0, r.path, ": --exit and --drafts need a model of train_exits");
+    language_model model = make_model(config);
+    lithe::load_model(r.path, model);
+    lithe::prepack(model);
+    const auto out = continued(model, r, ctx);
+    std::printf("%s%s\n", r.prompt.c_str(), std::string(out.tokens[0].begin(), out.tokens[0].end()).c_str());
+    return;
+  }
+  exit_language_model model = make_exit_model(config);
+  lithe::load_model(r.path, model);
+  lithe::prepack(model);
+  const lithe::exit_rule rule{.kind = exit_kinds.at(r.exit), .thresholds = {r.threshold}};
+  const auto out = continued(lithe::exit_decoder(model.words, model.stack, {}, rule), r, ctx);
+  print_depths(r.prompt, out.tokens[0], out.exits[0], config.layers);
+  std::fprintf(stderr, "mean exit %.2f of %td blocks", out.mean_exit(), config.layers);
+  if (out.drafted > 0) std::fprintf(stderr, "; %td of %td drafts stood", out.accepted, out.drafted);
+  std::fprintf(stderr, "\n");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  run_config r;
+  CLI::App app{"Continues a prompt with a saved language model; one with exits shows the depth of every byte."};
+  app.add_option("model", r.path, "file saved by train_language_model or train_exits")->required();
+  app.add_option("--prompt", r.prompt)->capture_default_str();
+  app.add_option("--length", r.text.most, "bytes to generate")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--temperature", r.text.how.temperature, "0 = the most likely byte")->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--top-k", r.text.how.top_k, "draw from the k most likely bytes; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--top-p", r.text.how.top_p, "draw from the fewest bytes that reach this probability")->capture_default_str();
+  app.add_option("--exit", r.exit, "what decides that a byte leaves early")->check(CLI::IsMember(exit_kinds))->capture_default_str();
+  app.add_option("--threshold", r.threshold, "of --exit: 0 = after the first block, 1 = never early")->capture_default_str();
+  app.add_option("--drafts", r.text.drafts, "bytes that a lower exit drafts for the whole model to check: the same distribution, sooner")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--draft-exit", r.text.draft_exit, "which exit drafts")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--seed", r.seed)->capture_default_str();
+  app.add_option("--workers", r.workers, "threads")->check(CLI::PositiveNumber)->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   try {
-    const model_config config = read_config(path);
-    lithe::require<lithe::config_error>(config.objective == "causal", path, ": a masked model fills gaps, it cannot continue a prompt");
-    language_model model = make_model(config);
-    lithe::load_model(path, model);
-    lithe::prepack(model);
-    const lithe::parallel_executor exec(workers);
+    const lithe::parallel_executor exec(r.workers);
     lithe::workspace work(exec);
-    const auto begin = std::chrono::steady_clock::now();
-    const std::string text = sample(model, config, prompt, length, how, seed, {.exec = &exec, .work = &work});
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    std::printf("%s%s\n", prompt.c_str(), text.c_str());
-    std::fprintf(stderr, "%.0f bytes/s\n", static_cast<double>(length) / seconds);
+    run(r, {.exec = &exec, .work = &work});
   } catch (const std::exception& e) {
     std::fprintf(stderr, "generate: %s\n", e.what());
     return 1;
