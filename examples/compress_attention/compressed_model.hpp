@@ -6,21 +6,24 @@
 
 namespace compressed {
 
-using shared_part = part_of<lithe::collaborative_attention<real>>;
-
-template <class Variant>
+template <class Choice>
 struct with_shared_heads;
-template <class... Part>
-struct with_shared_heads<lithe::one_of<Part...>> {
-  using type = lithe::one_of<Part..., shared_part>;
+template <class... Kind>
+struct with_shared_heads<lithe::one_of<Kind...>> {
+  using type = lithe::one_of<Kind..., lithe::collaborative_attention<real>>;
 };
-using part = with_shared_heads<model_part>::type;
+using layer = with_shared_heads<part_layer>::type;
+using part = lithe::residual<lithe::sequential<lithe::layer_norm<real>, layer, lithe::dropout<real>>>;
 using model = lithe::sequential<lithe::embedding<real>, lithe::stack<part>, lithe::layer_norm<real>, lithe::linear<real>>;
 
 /// The model of the training program, whose blocks can now have shared heads; tensors keep their names.
 inline model widen(const language_model& from) {
   lithe::stack<part> parts;
-  for (const auto& block : std::get<1>(from.layers).blocks) std::visit([&](const auto& p) { parts.blocks.emplace_back(p); }, block.value);
+  for (const auto& block : std::get<1>(from.layers).blocks) {
+    const auto& [norm, chosen, drop] = block.inner.layers;
+    layer same = std::visit([](const auto& kind) { return layer(kind); }, chosen.value);
+    parts.blocks.push_back({lithe::sequential(norm, std::move(same), drop)});
+  }
   return model(std::get<0>(from.layers), std::move(parts), std::get<2>(from.layers), std::get<3>(from.layers));
 }
 
@@ -28,13 +31,14 @@ inline model widen(const language_model& from) {
 inline model make(const model& from, const lithe::decomposition_options& o, const lithe::context& ctx, double& error) {
   model to = from;
   error = 0;
-  for (auto& block : std::get<1>(to.layers).blocks)
-    if (auto* separate = std::get_if<attention_part>(&block.value)) {
-      const auto& [norm, attend, drop] = separate->inner.layers;
+  for (auto& block : std::get<1>(to.layers).blocks) {
+    layer& chosen = std::get<1>(block.inner.layers);
+    if (const auto* separate = std::get_if<lithe::attention<real>>(&chosen.value)) {
       lithe::collaborative_attention<real> shared;
-      error = std::max(error, lithe::reparametrise(attend, shared, o, ctx).error());
-      block = shared_part{lithe::sequential(norm, std::move(shared), drop)};
+      error = std::max(error, lithe::reparametrise(*separate, shared, o, ctx).error());
+      chosen = std::move(shared);
     }
+  }
   return to;
 }
 
