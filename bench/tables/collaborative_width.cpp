@@ -20,10 +20,9 @@ compressed::model make_model(index_t r, bool shared, std::uint64_t seed) {
       c.mixing = mixing_start::concatenate;
       c.scale = std::sqrt(static_cast<double>(H) / static_cast<double>(r));
     }
-    parts.blocks.emplace_back(
-        compressed::shared_part{sequential(layer_norm<real>(D), collaborative_attention<real>(c, k.child(0)), dropout<real>(0))});
-    parts.blocks.emplace_back(dense_part{sequential(
-        layer_norm<real>(D), feed_forward<real>({.features = D, .hidden = 2 * D, .kind = activation::gelu}, k.child(1)), dropout<real>(0))});
+    const auto add = [&](compressed::layer l) { parts.blocks.push_back({sequential(layer_norm<real>(D), std::move(l), dropout<real>(0))}); };
+    add(collaborative_attention<real>(c, k.child(0)));
+    add(feed_forward<real>({.features = D, .hidden = 2 * D, .kind = activation::gelu}, k.child(1)));
   }
   return compressed::model(embedding<real>({.tokens = byte_values, .features = D, .positions = T, .deviation = 1}, key.child(0)), std::move(parts),
                            layer_norm<real>(D), linear<real>({D, byte_values}, key.child(1)));
