@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "support/malloc_count.hpp"
+#include "support/same_bits.hpp"
 
 namespace {
 
@@ -59,20 +60,6 @@ struct run {
     }
   }
 };
-
-void expect_same_bits(const language_model& a, const language_model& b) {
-  index_t compared = 0;
-  for_each_tensor(
-      [&](const std::string& name, role, const auto& p, const auto& q) {
-        ++compared;
-        if constexpr (requires { p.view(); })
-          EXPECT_TRUE(p.view().map() == q.view().map()) << name;
-        else
-          EXPECT_TRUE(p == q) << name;
-      },
-      a, b);
-  EXPECT_GT(compared, 20);
-}
 
 TEST(language_model, resumed_training_gives_the_same_bits_as_uninterrupted) {
   const parallel_executor exec(2);

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "support/matrices.hpp"
+#include "support/same_bits.hpp"
 
 namespace {
 
@@ -59,20 +60,6 @@ double unigram_entropy(const std::vector<token_t>& tokens) {
   const auto n = static_cast<double>(tokens.size());
   for (const auto& [token, count] : counts) entropy -= count / n * std::log(count / n);
   return entropy;
-}
-
-void expect_same_bits(const model_type& a, const model_type& b) {
-  index_t compared = 0;
-  for_each_tensor(
-      [&](const std::string& name, role, const auto& p, const auto& q) {
-        ++compared;
-        if constexpr (requires { p.view(); })
-          EXPECT_TRUE(p.view().map() == q.view().map()) << name;
-        else
-          EXPECT_TRUE(p == q) << name;
-      },
-      a, b);
-  EXPECT_GT(compared, 20);
 }
 
 TEST(pairs, learn_more_than_the_frequencies_of_bytes_in_50_steps) {
