@@ -38,6 +38,8 @@ class chunk_attention {
       window_.load(round, c + h.after);
       const index_t slot = window_.slot(c), base = slot * window_.chunk, n = window_.counts[slot];
       window_.prefetch(o, base, n);
+      window_.prefetch(maximum, base, n);
+      window_.prefetch(sum, base, n);
       for (index_t i = 0; i < n; i += block_) attend(round, base + i, std::min(block_, n - i), maximum, sum, o);
     }
   }

@@ -57,6 +57,7 @@ class chunk_attention_gradient {
       window_.prefetch(dq, out * window_.chunk, window_.counts[out]);
       window_.prefetch(dv, out * window_.chunk, window_.counts[out]);
       window_.prefetch(softmax.g, base, n);
+      for (const S* of_queries : {softmax.maximum, softmax.sum, softmax.dots}) window_.prefetch(of_queries, base, n);
       for (index_t i = 0; i < n; i += block_) differentiate(round, base + i, std::min(block_, n - i), softmax);
       finish(c - h.before, dq, dv);
     }
@@ -90,8 +91,8 @@ class chunk_attention_gradient {
     using namespace detail::tile;
     const chunked_head<S>& h = window_.head;
     const index_t width = window_.width, V = h.v.cols(), key_stride = window_.query_stride, value_stride = window_.value_stride;
-    for (index_t i = 0; i < M; ++i) pad_rows<S>(softmax.g.slice_rows(window_.tokens[base + i], 1), g_.row(i));
     window_.score(base, M, weights_.data());
+    for (index_t i = 0; i < M; ++i) pad_rows<S>(softmax.g.slice_rows(window_.tokens[base + i], 1), g_.row(i));
     for (index_t s = 0; s < window_.slots; ++s)
       product<S>(M, window_.chunk, V, by_rows<S>{g_.data(), value_stride}, values_transposed_.row(s * V), window_.chunk,
                  d_scores_.data() + s * window_.chunk, width);

@@ -138,17 +138,22 @@ struct chunk_window {
     const run_of_tokens next = find(round, c + 1);
     prefetch(head.q, next.tokens, next.count);
     prefetch(head.v, next.tokens, next.count);
+    prefetch(head.scales, next.tokens, next.count);
   }
 
-  /// Brings the rows of n tokens nearer (to the second-level cache, they would overrun the first), given or of the ring from row `base` on.
-  template <class E>
-  void prefetch(matrix_view<E> m, index_t base, index_t n) const {
+  /// Brings what m holds of n tokens nearer (to the second-level cache, rows would overrun the first): rows of a matrix or single numbers, of
+  /// tokens given or in the ring from row `base` on.
+  template <class M>
+  void prefetch(M m, index_t base, index_t n) const {
     prefetch(m, tokens.data() + base, n);
   }
   template <class E>
   static void prefetch(matrix_view<E> m, const position_t* which, index_t n) {
     for (index_t i = 0; i < n; ++i)
       for (index_t k = 0; k < m.cols(); k += line) __builtin_prefetch(m.row(which[i]) + k, 0, 2);
+  }
+  static void prefetch(const S* m, const position_t* which, index_t n) {
+    for (index_t i = 0; m != nullptr && i < n; ++i) __builtin_prefetch(m + which[i], 0, 2);
   }
 
   /// scores [M x width] of the M queries from row `first` of the ring on, before any mask.

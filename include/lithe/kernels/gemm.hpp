@@ -99,7 +99,9 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
       const int vectors = static_cast<int>(width / shape::lanes);
       S* c = p.c + first_row * p.c_stride + j;
       if (n == width) {
-        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, begin.at(0, j));
+        const bool follows = p.b_storage == storage::panels && j + shape::width < p.cols;  // it is in memory, not made when its turn comes
+        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, begin.at(0, j),
+                          follows ? p.b + (j + shape::width) * p.depth + k0 * width : nullptr);
         continue;
       }
       // A last packet that reaches over the edge goes through a tile of its own.

@@ -35,10 +35,17 @@ struct start {
   [[nodiscard]] start at(index_t i, index_t j) const { return from == nullptr ? start{} : start{from + i * row + j, row}; }
 };
 
+/// What the second-level cache is asked for meanwhile: `bytes` more with every step of a product's depth.
+struct read_ahead {
+  const char* from = nullptr;
+  index_t bytes = 0;
+};
+
 /// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
 /// b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k, whatever R and V are.
 template <class S, int R, int V>
-void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, start<S> begin) {
+void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, start<S> begin,
+                   read_ahead next) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
@@ -51,7 +58,8 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[i][v] = begin.from != nullptr ? ploadu<packet>(begin.from + i * begin.row + v * lanes) : pset1<packet>(S(0));
-  for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
+  for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k, next.from += next.bytes) {
+    __builtin_prefetch(next.from, 0, 2);
     packet row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = ploadu<packet>(b + v * lanes);
@@ -68,27 +76,31 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
     for (int v = 0; v < V; ++v) pstoreu(c + i * c_row + v * lanes, sum[i][v]);
 }
 
-/// The same for `rows` rows, cut into tiles.
+/// The same for `rows` rows, cut into tiles. `next`: the panel of b that is read after this one, or null.
 template <class S, int V>
 void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
-                   start<S> begin) {
-  constexpr index_t full = tile_shape<S>::rows;
+                   start<S> begin, const S* next) {
+  constexpr index_t full = tile_shape<S>::rows, line = 64;
+  const index_t tiles = std::max<index_t>(1, rows / full), row_bytes = V * static_cast<index_t>(sizeof(typename tile_shape<S>::packet));
+  read_ahead ahead{reinterpret_cast<const char*>(b)};
+  if (next != nullptr) ahead = {reinterpret_cast<const char*>(next), std::min(line, (row_bytes + tiles - 1) / tiles)};
   index_t i = 0;
-  for (; i + full <= rows; i += full) multiply_tile<S, full, V>(depth, a + i * a_row, a_row, a_k, b, b_k, c + i * c_row, c_row, begin.at(i, 0));
+  for (; i + full <= rows; i += full, ahead.from += depth * ahead.bytes)
+    multiply_tile<S, full, V>(depth, a + i * a_row, a_row, a_k, b, b_k, c + i * c_row, c_row, begin.at(i, 0), ahead);
   a += i * a_row;
   c += i * c_row;
   begin = begin.at(i, 0);
   switch (rows - i) {
     case 1:
-      return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_tile<S, 1, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin, ahead);
     case 2:
-      return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_tile<S, 2, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin, ahead);
     case 3:
-      return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_tile<S, 3, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin, ahead);
     case 4:
-      return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_tile<S, 4, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin, ahead);
     case 5:
-      return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_tile<S, 5, V>(depth, a, a_row, a_k, b, b_k, c, c_row, begin, ahead);
     default:
       return;
   }
@@ -97,17 +109,17 @@ void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index
 /// The same for a panel of `vectors` packets, at most tile_shape<S>::vectors.
 template <class S>
 void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
-                    start<S> begin) {
+                    start<S> begin, const S* next = nullptr) {
   switch (vectors) {
     case 1:
-      return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_rows<S, 1>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin, next);
     case 2:
-      return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      return multiply_rows<S, 2>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin, next);
     case 3:
-      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 3>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 3>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin, next);
       break;
     default:
-      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 4>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin);
+      if constexpr (tile_shape<S>::vectors > 2) return multiply_rows<S, 4>(rows, depth, a, a_row, a_k, b, b_k, c, c_row, begin, next);
   }
 }
 
