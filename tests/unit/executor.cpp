@@ -11,7 +11,7 @@ namespace {
 using namespace lithe;
 
 TEST(executor, every_piece_runs_once_with_any_number_of_workers) {
-  for (const index_t workers : {1, 2, 7}) {
+  for (const index_t workers : {1, 2, 7, 40}) {
     const parallel_executor exec(workers);
     std::vector<std::atomic<int>> seen(1003);
     exec.run(1003, 10, [&](index_t first, index_t last) {
@@ -32,12 +32,34 @@ TEST(executor, an_exception_in_a_worker_reaches_the_caller_and_the_executor_goes
   EXPECT_EQ(sum, 64 * 63 / 2);
 }
 
+TEST(executor, whoever_is_free_takes_the_pieces_of_a_worker_that_is_held_up) {
+  const parallel_executor exec(2);
+  for (const index_t slow : {0, 15}) {  // in the share of the caller, and of the helper
+    std::atomic<int> others{0};
+    exec.run(16, 1, [&](index_t first, index_t) {
+      if (first != slow) ++others;
+      while (first == slow && others != 15) std::this_thread::yield();
+    });
+    EXPECT_EQ(others, 15);
+  }
+}
+
+TEST(executor, starts_no_piece_after_one_has_thrown) {
+  const parallel_executor exec(1);
+  int ran = 0;
+  EXPECT_THROW(exec.run(8, 1,
+                        [&](index_t first, index_t) {
+                          ++ran;
+                          require<config_error>(first < 2, "piece ", first);
+                        }),
+               config_error);
+  EXPECT_EQ(ran, 3);
+}
+
 TEST(executor, nested_loops_do_not_deadlock) {
   const parallel_executor exec(2);
   std::atomic<index_t> n{0};
-  exec.run(16, 1, [&](index_t, index_t) {
-    exec.run(16, 1, [&](index_t, index_t) { exec.run(4, 1, [&](index_t, index_t) { ++n; }); });
-  });
+  exec.run(16, 1, [&](index_t, index_t) { exec.run(16, 1, [&](index_t, index_t) { exec.run(4, 1, [&](index_t, index_t) { ++n; }); }); });
   EXPECT_EQ(n, 16 * 16 * 4);
 }
 

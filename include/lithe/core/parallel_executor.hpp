@@ -17,9 +17,10 @@ namespace lithe::inline LITHE_ABI {
 
 /// Runs loops on the calling thread and `workers - 1` threads of Eigen's own pool. Threads are never pinned.
 ///
-/// A loop is published in the executor; whoever is awake takes pieces of it. The caller never waits for a helper that has not
-/// woken up yet, only for helpers that hold a piece: a loop shorter than a wake-up costs next to nothing. A helper that runs out
-/// of pieces lingers for some microseconds before it sleeps, because a layer's loops follow one another closely.
+/// A loop is published in the executor; whoever is awake takes pieces of it, those of its own share first: what one loop leaves in a core's
+/// cache, the next one finds there. The caller never waits for a helper that has not woken up yet, only for helpers that hold a piece: a loop
+/// shorter than a wake-up costs next to nothing. A helper that runs out of pieces lingers for some microseconds before it sleeps, because a
+/// layer's loops follow one another closely.
 class parallel_executor final : public executor {
  public:
   /// Throws config_error unless workers >= 1.
@@ -37,9 +38,9 @@ class parallel_executor final : public executor {
     // Nested loops, loops of one piece and loops of a second caller run where they are.
     if (n <= grain || workers_ == 1 || worker() != 0 || busy_.test_and_set(std::memory_order_acquire))
       return executor::run(n, grain, f);
-    loop now{&f, n, grain};
+    loop now(f, n, grain, std::min(workers_, most_shares));
     open(now);
-    now.work();
+    now.work(worker());
     close();
     busy_.clear(std::memory_order_release);
     if (now.error) std::rethrow_exception(now.error);
@@ -48,23 +49,37 @@ class parallel_executor final : public executor {
  private:
   static constexpr int linger_spins = 4000;  // about 20 to 50 microseconds of pause instructions
 
+  static constexpr index_t most_shares = 32;
+
   struct loop {
-    const body* f;
-    index_t n, grain;
-    std::atomic<index_t> next{0};
+    struct alignas(64) share {
+      std::atomic<index_t> next{0}, last{0};  // pieces
+    };
+    const body& f;
+    index_t n, grain, shares;
+    share of[most_shares];
     std::atomic_flag failed{};
     std::exception_ptr error{};
 
-    loop(const body* f_, index_t n_, index_t grain_) : f(f_), n(n_), grain(grain_) {}
-    void work() {
-      for (;;) {
-        const index_t first = next.fetch_add(grain, std::memory_order_relaxed);
-        if (first >= n) return;
-        try {
-          (*f)(first, std::min(n, first + grain));
-        } catch (...) {
-          if (!failed.test_and_set()) error = std::current_exception();
-          next.store(n, std::memory_order_relaxed);  // nobody starts another piece
+    loop(const body& f_, index_t n_, index_t grain_, index_t shares_) : f(f_), n(n_), grain(grain_), shares(shares_) {
+      const index_t pieces = (n + grain - 1) / grain;
+      for (index_t s = 0; s < shares; ++s) {
+        of[s].next.store(pieces * s / shares, std::memory_order_relaxed);
+        of[s].last.store(pieces * (s + 1) / shares, std::memory_order_relaxed);
+      }
+    }
+    void work(index_t worker) {
+      for (index_t i = 0; i < shares; ++i) {
+        share& s = of[(worker + i) % shares];
+        for (;;) {
+          const index_t first = s.next.fetch_add(1, std::memory_order_relaxed) * grain;
+          if (first >= s.last.load(std::memory_order_relaxed) * grain) break;
+          try {
+            f(first, std::min(n, first + grain));
+          } catch (...) {
+            if (!failed.test_and_set()) error = std::current_exception();
+            for (index_t other = 0; other < shares; ++other) of[other].last.store(0, std::memory_order_relaxed);  // nobody starts another piece
+          }
         }
       }
     }
@@ -106,7 +121,7 @@ class parallel_executor final : public executor {
     // Eigen runs a task on the scheduling thread when its queue is full; the caller must not help itself.
     for (int idle = 0; worker() != 0 && idle <= linger_ && !closing_.load(std::memory_order_relaxed);) {
       if (enter()) {
-        loop_.load(std::memory_order_relaxed)->work();
+        loop_.load(std::memory_order_relaxed)->work(worker());
         state_.fetch_sub(2, std::memory_order_release);
         idle = 0;
         if (linger_ == 0) break;
