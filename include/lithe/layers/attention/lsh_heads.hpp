@@ -70,8 +70,8 @@ struct lsh_heads {
     for (index_t round = 0; round < config.hash.rounds; ++round)
       ctx.exec->run(n * count, 1, [&](index_t from, index_t to) {
         for (index_t i = from; i < to; ++i) {
-          const piece& p = pieces[i / count];
-          const index_t g = i % count, begin = p.of.begin;
+          const piece& p = pieces[i % n];  // head by head, so that in every round a worker finds its heads in its cache
+          const index_t g = i / n, begin = p.of.begin;
           if (round >= p.of.rounds) continue;
           chunk_attention<S> tile(ctx, head(p.of, g));
           tile.run(round, p.first, p.last, maximum.row(g) + begin, sum.row(g) + begin, o(g).slice_rows(begin, p.of.length));
@@ -106,8 +106,8 @@ struct lsh_heads {
       for (index_t colour = 0; colour < 3; ++colour)
         ctx.exec->run(n[colour] * count, 1, [&](index_t from, index_t to) {
           for (index_t i = from; i < to; ++i) {
-            const piece& p = pieces[colour * most + i / count];
-            const index_t h = i % count, begin = p.of.begin, row = h * T + begin, length = p.of.length;
+            const piece& p = pieces[colour * most + i % n[colour]];
+            const index_t h = i / n[colour], begin = p.of.begin, row = h * T + begin, length = p.of.length;
             if (round >= p.of.rounds || (colour == 2 && p.first == 0 && p.last == p.of.chunks)) continue;
             chunk_attention_gradient<S> tile(ctx, head(p.of, h), config.norm);
             const chunk_softmax<S> softmax{g.slice_rows(row, length), maximum.row(h) + begin, sum.row(h) + begin, dots.row(h) + begin};
