@@ -52,8 +52,9 @@ class parallel_executor final : public executor {
   static constexpr index_t most_shares = 32;
 
   struct loop {
+    /// The pieces that one worker begins with; a cache line of its own.
     struct alignas(64) share {
-      std::atomic<index_t> next{0}, last{0};  // pieces
+      std::atomic<index_t> next{0}, last{0};
     };
     const body& f;
     index_t n, grain, shares;
