@@ -54,6 +54,17 @@ TEST(executor, starts_no_piece_after_one_has_thrown) {
                         }),
                config_error);
   EXPECT_EQ(ran, 3);
+  // Of several workers each may be inside a piece when the first one throws; if all pieces throw, that is one a worker.
+  for (const index_t workers : {2, 7}) {
+    const parallel_executor several(workers);
+    std::atomic<index_t> begun{0};
+    const auto fail = [&](index_t, index_t) {
+      ++begun;
+      throw config_error("piece");
+    };
+    EXPECT_THROW(several.run(1000, 1, fail), config_error);
+    EXPECT_LE(begun, workers);
+  }
 }
 
 TEST(executor, nested_loops_do_not_deadlock) {

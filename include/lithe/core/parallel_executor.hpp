@@ -48,8 +48,7 @@ class parallel_executor final : public executor {
 
  private:
   static constexpr int linger_spins = 4000;  // about 20 to 50 microseconds of pause instructions
-
-  static constexpr index_t most_shares = 32;
+  static constexpr index_t most_shares = 32;  // on the caller's stack; more workers than that share them
 
   struct loop {
     /// The pieces that one worker begins with; a cache line of its own.
@@ -73,10 +72,10 @@ class parallel_executor final : public executor {
       for (index_t i = 0; i < shares; ++i) {
         share& s = of[(worker + i) % shares];
         for (;;) {
-          const index_t first = s.next.fetch_add(1, std::memory_order_relaxed) * grain;
-          if (first >= s.last.load(std::memory_order_relaxed) * grain) break;
+          const index_t piece = s.next.fetch_add(1, std::memory_order_relaxed);
+          if (piece >= s.last.load(std::memory_order_relaxed)) break;
           try {
-            f(first, std::min(n, first + grain));
+            f(piece * grain, std::min(n, (piece + 1) * grain));
           } catch (...) {
             if (!failed.test_and_set()) error = std::current_exception();
             for (index_t other = 0; other < shares; ++other) of[other].last.store(0, std::memory_order_relaxed);  // nobody starts another piece
