@@ -362,10 +362,8 @@ small_model<S> load_small_model(golden_case<S>& c) {
                                             {});
   each_named(
       [&](const std::string& name, auto& p) {
-        if (name == "classifier.weight" && model.tied)
-          p = model.tokens.weight;
-        else
-          p = c.tensor("param." + name);
+        const bool is_tied = model.tied && std::string_view(name) == "classifier.weight";
+        p = is_tied ? model.tokens.weight : c.tensor("param." + name);
       },
       model.stack);
   if (j.contains("exit_head")) {

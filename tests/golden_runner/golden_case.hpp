@@ -6,6 +6,7 @@
 #include <set>
 
 #include "lithe/io/safetensors.hpp"
+#include "lithe/kernels/hashing.hpp"
 #include "lithe/layers/linear.hpp"
 
 namespace golden {
@@ -16,6 +17,20 @@ using namespace lithe;
 struct skipped : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+/// A field of a file's configuration that may be missing or null.
+template <class T>
+T option(const nlohmann::json& j, const char* name, T otherwise) {
+  return j.contains(name) && !j.at(name).is_null() ? j.at(name).get<T>() : otherwise;
+}
+
+/// A number of buckets, a list of factors, or null for the automatic choice.
+inline bucket_factors factors(const nlohmann::json& j) {
+  if (j.is_null()) return {};
+  if (j.is_number()) return {j.get<index_t>()};
+  const auto list = j.get<std::vector<index_t>>();
+  return bucket_factors(std::span<const index_t>(list));
+}
 
 /// One golden file, and what was compared with it so far. Errors are max |ours - file| / max |file| over a tensor; tensors that are zero
 /// in the file (up to the rounding of its double sums, as before a training batch norm) are compared absolutely. S is what Lithe computes in; the file is always in double.

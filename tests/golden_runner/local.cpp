@@ -26,12 +26,6 @@ bool sees_nothing(const local_attention_config& c, const std::vector<std::uint8_
 }
 
 /// A number of buckets or the list of its factors.
-bucket_factors factors(const nlohmann::json& j) {
-  std::vector<index_t> f;
-  for (const auto& n : j.is_array() ? j : nlohmann::json::array({j})) f.push_back(n);
-  return bucket_factors(f);
-}
-
 /// random.rotations [H, D, R, N] as the layer has its directions: [H R N x D].
 template <class S>
 matrix<S> directions(const golden_case<S>& c) {

@@ -7,13 +7,6 @@ namespace golden {
 
 namespace {
 
-bucket_factors factors(const nlohmann::json& j) {
-  if (j.is_null()) return {};
-  if (j.is_number()) return {j.get<index_t>()};
-  const auto list = j.get<std::vector<index_t>>();
-  return bucket_factors(std::span<const index_t>(list));
-}
-
 }  // namespace
 
 /// The self-attention of Hugging Face's Reformer: heads side by side, without the projection behind them.

@@ -6,11 +6,6 @@ namespace golden {
 
 namespace {
 
-template <class T>
-T option(const nlohmann::json& j, const char* name, T otherwise) {
-  return j.contains(name) && !j.at(name).is_null() ? j.at(name).get<T>() : otherwise;
-}
-
 std::vector<index_t> sizes(const nlohmann::json& j) {
   if (j.is_array()) return j.get<std::vector<index_t>>();
   std::vector<index_t> out;
@@ -113,7 +108,7 @@ settings memory_layers(const nlohmann::json& j) {
 
 /// The shapes of the file say what its configuration leaves out.
 template <class S>
-settings ultra_mem(const golden_case<S>& g) {
+settings product_keys_of_ultra_mem(const golden_case<S>& g) {
   settings s{.config = {}, .code = memory_code::ultra_mem};
   auto& c = s.config;
   const auto& keys = g.file.info("param.keys").shape;
@@ -138,7 +133,7 @@ settings settings_of(const golden_case<S>& g) {
   if (name.starts_with("xlm_")) return xlm(g.config);
   if (name.starts_with("lucid_")) return lucidrains(g.config);
   if (name.starts_with("fbmem_")) return memory_layers(g.config);
-  return ultra_mem(g);
+  return product_keys_of_ultra_mem(g);
 }
 
 }  // namespace

@@ -73,11 +73,11 @@ matrix<S> side_by_side(const matrix<S>& a, const matrix<S>& b) {
   return both;
 }
 
-struct batch {
+struct equal_sequences {
   index_t sequences, length;
   std::vector<index_t> offsets;
   std::vector<std::uint8_t> mask;
-  batch(index_t n, index_t l) : sequences(n), length(l) {
+  equal_sequences(index_t n, index_t l) : sequences(n), length(l) {
     for (index_t s = 0; s <= n; ++s) offsets.push_back(s * l);
   }
   [[nodiscard]] context ctx() const { return {.rows = {offsets}, .mask = mask}; }
@@ -93,7 +93,7 @@ void run_layer(golden_case<S>& c) {
   config.position_widths = {config.features};
   const std::string within = "reformer.encoder.layers.0.";
   const reformer<S> m = load_model(c, config, within);
-  batch b(shape.at(0), shape.at(1));
+  equal_sequences b(shape.at(0), shape.at(1));
   if (c.has("input.attention_mask"))
     for (const auto v : c.file.template read<std::int64_t>("input.attention_mask")) b.mask.push_back(v != 0);
   matrix<S> xy = side_by_side(c.tensor("input.prev_attn_output"), c.tensor("input.hidden_states"));
@@ -126,7 +126,7 @@ void run_language_model(golden_case<S>& c) {
   index_t shortest = std::numeric_limits<index_t>::max();
   for (const reformer_layer l : config.layers) shortest = std::min(shortest, l == reformer_layer::local ? config.local_chunk : config.lsh_chunk);
   const bool fill = length > shortest && length % multiple != 0;
-  batch b(sequences, fill ? (length + multiple - 1) / multiple * multiple : length);
+  equal_sequences b(sequences, fill ? (length + multiple - 1) / multiple * multiple : length);
   const auto place = [&](index_t s, index_t t) { return static_cast<std::size_t>(s * b.length + t); };
 
   std::vector<token_t> ids(place(sequences, 0), 0), targets(ids.size(), -100);

@@ -9,11 +9,6 @@ namespace golden {
 
 namespace {
 
-template <class T>
-T option(const nlohmann::json& j, const char* name, T otherwise) {
-  return j.contains(name) && !j.at(name).is_null() ? j.at(name).get<T>() : otherwise;
-}
-
 /// The layer that a file's configuration describes; the shapes say what it leaves out. `unit` stands before its parameters' names.
 template <class S>
 ultra_mem_config config_of(const golden_case<S>& g, const std::string& unit) {

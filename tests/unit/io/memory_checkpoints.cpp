@@ -1,0 +1,116 @@
+#include "lithe/io/memory_checkpoints.hpp"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include "lithe/layers/memory/memory_presets.hpp"
+
+namespace memory_checkpoints_tests {
+
+using namespace lithe;
+using memory = product_key_memory<double>;
+
+struct temporary_file {
+  std::filesystem::path path = std::filesystem::temp_directory_path() / concat("lithe_memory_", ::getpid(), ".safetensors");
+  ~temporary_file() { std::filesystem::remove(path); }
+};
+
+/// A layer's tensors under public names, with a prefix; `change` may spoil them.
+void write_public(const std::filesystem::path& path, memory_code code, const memory& m, const std::string& prefix, const std::string& leave_out = "",
+                  const std::string& add = "") {
+  std::map<std::string, std::pair<std::vector<index_t>, std::vector<double>>> all;
+  visit_public(
+      code, m,
+      [&](const public_rows& p, const auto& t) {
+        if (t.rows() * t.cols() == 0 || p.name == leave_out) return;
+        auto& [shape, numbers] = all[prefix + p.name];
+        shape = p.shape;
+        std::size_t size = 1;
+        for (const index_t n : shape) size *= static_cast<std::size_t>(n);
+        numbers.resize(size);
+        std::vector<double> row(static_cast<std::size_t>(t.cols()));
+        for (index_t i = 0; i < t.rows(); ++i) {
+          if constexpr (requires { t.read_row(i, row); })
+            t.read_row(i, row);
+          else
+            for (index_t j = 0; j < t.cols(); ++j) row[static_cast<std::size_t>(j)] = static_cast<double>(t(i, j));
+          for (index_t j = 0; j < t.cols(); ++j)
+            numbers[static_cast<std::size_t>(p.row(i) * t.cols() + j)] = row[static_cast<std::size_t>(j)] - p.offset;
+        }
+      },
+      m);
+  if (!add.empty()) all[prefix + add] = {{1}, {0.0}};
+  safetensors_writer file;
+  for (const auto& [name, tensor] : all) file.add<double>(name, tensor.first, tensor.second);
+  file.write(path);
+}
+
+matrix<double> output_of(const memory& m) {
+  matrix<double> x(5, m.config.inputs), y(5, m.config.outputs);
+  fill_uniform<double>(x, 1.0, {3});
+  m.forward(x, y, {});
+  return y;
+}
+
+product_key_memory_config smaller(product_key_memory_config c) {
+  c.heads = 2;
+  c.sub_keys = 7;
+  c.key_width = 8;
+  c.top_k = 3;
+  return c;
+}
+
+TEST(memory_checkpoints, every_code_loads_by_its_public_names) {
+  for (const auto& [code, config] : {std::pair{memory_code::xlm_notebook, xlm_memory(10)}, std::pair{memory_code::xlm, xlm_memory(10)},
+                                     std::pair{memory_code::xlm_grouped, xlm_memory(10)}, std::pair{memory_code::memory_layers, memory_plus(10)},
+                                     std::pair{memory_code::lucidrains_pkm, lucidrains_memory(10)},
+                                     std::pair{memory_code::lucidrains_peer, peer_experts(10)}}) {
+    auto c = smaller(config);
+    if (code == memory_code::xlm_grouped) {
+      c.query.per_group = true;
+      c.query.hidden = {5};
+    }
+    const memory from(c, {1});
+    for (const char* prefix : {"a.", "module.a."}) {
+      const temporary_file file;
+      write_public(file.path, code, from, prefix);
+      memory to(c, {2});
+      to.keys.keys.setZero();  // all memories start from the same keys
+      EXPECT_NE(output_of(from), output_of(to));
+      import_memory(code, safetensors_file(file.path), "a.", to);
+      EXPECT_EQ(output_of(from), output_of(to)) << static_cast<int>(code);
+    }
+  }
+}
+
+TEST(memory_checkpoints, missing_foreign_and_unknown_tensors_are_named_and_nothing_is_loaded) {
+  const temporary_file file;
+  const auto c = smaller(xlm_memory(10));
+  const memory from(c, {1});
+  memory to(c, {2});
+  const auto before = output_of(to);
+  const auto message = [&](bool strict = true) -> std::string {
+    try {
+      import_memory(memory_code::xlm, safetensors_file(file.path), "a.", to, strict);
+    } catch (const io_error& e) {
+      return std::string(e.what()).substr(file.path.string().size());
+    }
+    return "";
+  };
+  write_public(file.path, memory_code::xlm, from, "a.", "keys");
+  EXPECT_EQ(message(), ": tensor 'a.keys': expected shape [2, 2, 7, 4], found no tensor of that name");
+  auto other = c;
+  other.sub_keys = 8;
+  write_public(file.path, memory_code::xlm, memory(other, {1}), "a.");
+  EXPECT_EQ(message(), ": tensor 'a.keys': expected shape [2, 2, 7, 4], found [2, 2, 8, 4]");
+  write_public(file.path, memory_code::xlm, from, "a.", "", "surprise");
+  EXPECT_EQ(message(), ": tensor 'a.surprise': the layer has no such tensor");
+  EXPECT_EQ(output_of(to), before);
+  write_public(file.path, memory_code::xlm, from, "a.", "", "query_proj.query_mlps.1.num_batches_tracked");
+  EXPECT_EQ(message(), "");
+  write_public(file.path, memory_code::xlm, from, "a.", "", "surprise");
+  EXPECT_EQ(message(false), "");
+  EXPECT_NE(output_of(to), before);
+}
+
+}  // namespace memory_checkpoints_tests

@@ -1,0 +1,227 @@
+// Every pair of systems in one model of reversible blocks with exits, the model of examples/all_together: it learns, its gradients are right,
+// it is saved, its bits do not depend on workers, and it decodes what the full pass gives. And what does not go together says so.
+#include "../../../examples/all_together/trainer.hpp"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include "support/matrices.hpp"
+#include "support/same_bits.hpp"
+
+namespace pairs_tests {
+
+using namespace lithe;
+using model_type = model_of<double>;
+using kinds = std::vector<std::string>;
+
+static_assert(layer<model_type> && layer<model_of<double, lsh_attention<double>, ultra_mem<double>>>);
+
+const std::string text =
+    "In the beginning was the Word, and the Word was with God, and the Word was God. The same was in the beginning with God. All things were made by him; "
+    "and without him was not any thing made that was made. In him was life; and the life was the light of men. And the light shineth in darkness; and the "
+    "darkness comprehended it not. There was a man sent from God, whose name was John. The same came for a witness, to bear witness of the Light, that "
+    "all men through him might believe.";
+
+/// Two blocks for a pair of kinds: an attention and a feed-forward stand in both, two of the same role in one each.
+std::vector<model_config> pairs() {
+  const kinds attention{"lsh", "bucket", "local", "collaborative"}, feed{"chunked", "memory", "ultramem"};
+  model_config c{.features = 16, .heads = 2, .context = 32, .window = 8, .rounds = 2, .hidden = 32, .sub_keys = 8, .top_k = 3, .dropout = 0.05};
+  std::vector<model_config> all;
+  const auto add = [&](kinds a, kinds f) {
+    c.attention = std::move(a);
+    c.feed_forward = std::move(f);
+    all.push_back(c);
+  };
+  for (const auto& a : attention)
+    for (const auto& f : feed) add({a, a}, {f, f});
+  for (std::size_t i = 0; i < attention.size(); ++i)
+    for (std::size_t j = i + 1; j < attention.size(); ++j) add({attention[i], attention[j]}, {"chunked", "chunked"});
+  for (std::size_t i = 0; i < feed.size(); ++i)
+    for (std::size_t j = i + 1; j < feed.size(); ++j) add({"local", "local"}, {feed[i], feed[j]});
+  return all;
+}
+std::string name_of(const model_config& c) {
+  return concat(c.attention[0], " ", c.attention[1], ", ", c.feed_forward[0], " ", c.feed_forward[1]);
+}
+bool has_lsh(const model_config& c) { return std::find(c.attention.begin(), c.attention.end(), "lsh") != c.attention.end(); }
+
+/// Sequences first, first + every, ... of the text.
+batch sequences(const model_config& c, std::size_t first = 0, std::size_t every = 1) {
+  batch b;
+  const auto tokens = to_tokens(text);
+  const auto T = static_cast<std::size_t>(c.context);
+  for (std::size_t at = first * T; at + T < tokens.size(); at += every * T) b.add(tokens, at, T);
+  return b;
+}
+double unigram_entropy(const std::vector<token_t>& tokens) {
+  std::map<token_t, double> counts;
+  for (const token_t t : tokens) ++counts[t];
+  double entropy = 0;
+  const auto n = static_cast<double>(tokens.size());
+  for (const auto& [token, count] : counts) entropy -= count / n * std::log(count / n);
+  return entropy;
+}
+
+TEST(pairs, learn_more_than_the_frequencies_of_bytes_in_50_steps) {
+  workspace work;
+  for (const model_config& c : pairs()) {
+    trainer<model_type> t(c, make_model<double>(c));
+    const batch all = sequences(c);
+    for (std::size_t i = 0; i < 50; ++i) t.train(sequences(c, i % 4, 4), 1e-2, {.work = &work});
+    const auto losses = t.evaluate(all, {.work = &work});
+    for (const double loss : losses) EXPECT_LT(loss, unigram_entropy(all.targets)) << name_of(c);
+    std::printf("%-40s %.3f nats a byte, frequencies alone %.3f\n", name_of(c).c_str(), losses.back(), unigram_entropy(all.targets));
+  }
+}
+
+TEST(pairs, gradients_of_every_tensor) {
+  const auto tokens = to_tokens(text);
+  const std::vector<index_t> offsets{0, 11, 11, 14};
+  workspace work;
+  for (model_config c : pairs()) {
+    c.features = 8;
+    c.window = 4;
+    const auto report = gradient_check(make_model<double>(c), std::span(tokens).first(14), {.work = &work, .key = {5}, .rows = {offsets}, .train = true},
+                                       {.entries = 4});
+    // Central differences with h = 1e-5 are good to 1e-10 of numbers of size 1; divided by gradients of down to the checker's floor of 1e-3.
+    EXPECT_LT(report.worst(), 5e-6) << name_of(c) << report.where();
+    for (const auto& tensor : report.tensors)
+      if (!tensor.name.starts_with("1.exit")) {  // the predictor of exits is no part of the answers
+        EXPECT_GT(tensor.largest, 1e-5) << name_of(c) << tensor.name;
+      }
+    EXPECT_GT(report.tensors.size(), 20U);
+  }
+}
+
+TEST(pairs, the_same_bits_with_any_number_of_workers_and_after_a_resume) {
+  const auto path = (std::filesystem::temp_directory_path() / concat("lithe_pairs_", ::getpid(), ".safetensors")).string();
+  for (const model_config& c : pairs()) {
+    SCOPED_TRACE(name_of(c));
+    const batch b = sequences(c, 0, 3);
+    const auto trained = [&](int workers) {
+      const parallel_executor exec(workers);
+      trainer<model_type> t(c, make_model<double>(c));
+      for (int i = 0; i < 2; ++i) t.train(b, 1e-2, {.exec = &exec});
+      return t;
+    };
+    auto one = trained(1);
+    expect_same_bits(one.model, trained(2).model);
+    expect_same_bits(one.model, trained(7).model);
+
+    one.save(path);
+    model_config other = read_saved_config(path);
+    EXPECT_EQ(nlohmann::json(other), nlohmann::json(c));
+    other.seed = 2;
+    trainer<model_type> again(c, make_model<double>(other));
+    again.resume(path);
+    expect_same_bits(one.model, again.model);
+    one.train(b, 1e-2, {});
+    again.train(b, 1e-2, {});
+    expect_same_bits(one.model, again.model);
+  }
+  std::filesystem::remove(path);
+}
+
+TEST(pairs, decode_what_the_full_pass_gives_whatever_the_exits) {
+  const auto tokens = to_tokens(text);
+  for (const model_config& c : pairs()) {
+    const model_type model = make_model<double>(c);
+    const auto& [words, decoder] = model.layers;
+    // Chunks of LSH attention move with later tokens: the two are the same up to one chunk.
+    const index_t T = has_lsh(c) ? c.window : 27;
+    const auto ids = std::span(tokens).first(static_cast<std::size_t>(T));
+    std::vector<std::int32_t> exits;
+    for (index_t t = 0; t < T; ++t) exits.push_back(t < 3 ? 2 : 1 + static_cast<std::int32_t>(philox({7}, static_cast<std::uint64_t>(t))[0] % 2));
+    matrix<double> x(T, 32), states(2 * T, 32), full(T, byte_values), step(1, byte_values), row(1, 32);
+    record_of<std::remove_cvref_t<decltype(decoder.stack)>> record;
+    record_of<std::remove_cvref_t<decltype(decoder.answers)>> answers;
+    words.forward(ids, x, {});
+    decoder.stack.forward_mixed(x, nothing{}, exits, states, record, {});
+    decoder.answers.forward_mixed(view(states).slice_rows(T, T), exits, full, answers, {});
+
+    auto cache = make_adaptive_cache(decoder, 1, T);
+    prefill(decoder, view(x).slice_rows(0, 3), nothing{}, cache, {});
+    for (index_t t = 3; t < T; ++t) {
+      std::int32_t left = 0;
+      adaptive_step(decoder, view(x).slice_rows(t, 1), nothing{}, step, {&left, 1}, cache, {.exits = {exits[static_cast<std::size_t>(t)]}}, {});
+      EXPECT_EQ(left, exits[static_cast<std::size_t>(t)]);
+      EXPECT_LT(difference(step, full.row(t)), 1e-12 * full.cwiseAbs().maxCoeff()) << name_of(c) << " at " << t;
+    }
+    EXPECT_LT(cache.visited, 2 * T);
+  }
+}
+
+/// Whether f throws an error of this type whose sentence holds `part`.
+template <class Error, class F>
+void expect_refused(F&& f, const std::string& part) {
+  try {
+    f();
+    FAIL() << "not refused: " << part;
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+  }
+}
+
+TEST(pairs, that_do_not_go_together_are_refused_in_a_sentence) {
+  matrix<double> x = random(6, 16, 1), y(6, 16);
+  model_config c = pairs().front();
+
+  // Batch norm in training inside a reversible block; running statistics are welcome.
+  product_key_memory_config with_batch_norm{.inputs = 16, .heads = 2, .sub_keys = 8, .key_width = 8, .top_k = 3};
+  with_batch_norm.query.norm = query_normalisation::batch;
+  model_type model = make_model<double>(c);
+  std::get<1>(std::get<1>(model.layers).stack.blocks[0].blocks[0].parts).inner = product_key_memory<double>(with_batch_norm, {1});
+  const auto tokens = to_tokens(text);
+  matrix<double> logits(12, byte_values);
+  expect_refused<config_error>([&] { model.forward(std::span(tokens).first(6), logits, {.train = true}); }, "batch norm cannot train inside a reversible block");
+  model.forward(std::span(tokens).first(6), logits, {});
+
+  // Exits inside a reversible part: there is more than one state for a row.
+  adaptive_stack<linear<double>> exits;
+  for (int i = 0; i < 2; ++i) exits.blocks.emplace_back(linear_config{8, 8}, rng_key{1});
+  expect_refused<shape_error>([&] { reversible<adaptive_stack<linear<double>>>(exits).forward(x, y, {}); }, "x + f(x) needs the same shape");
+
+  // Dropout beside a part that is computed again head by head, and drops its output itself.
+  expect_refused<config_error>(
+      [&] { pre_norm<lsh_attention<double>>(layer_norm<double>(16), lsh_attention<double>({.inputs = 16, .heads = 2}, {1}), 0.1); },
+      "this inner layer drops its output itself");
+
+  // Buckets whose number follows from the length, or whose ids or directions are those of other sequences, and decoding.
+  expect_refused<config_error>([] { bucket_attention<double>({.inputs = 8, .causal = true}, {1}); }, "buckets");
+  expect_refused<config_error>([] { (void)lsh_attention<double>({.inputs = 8, .hash = {.family = hash_family::external}}, {1}).make_cache(1, 8); },
+                               "decoding needs a hash of its own");
+  expect_refused<config_error>([] { (void)local_attention<double>({.inputs = 8}, {1}).make_cache(1, 8); }, "expected a causal layer to decode with");
+
+  // A rule that asks a predictor of exits, and a model without one.
+  c.exit_loss = 0;
+  const auto silent = make_model<double>(c);
+  const auto& decoder = std::get<1>(silent.layers);
+  auto cache = make_adaptive_cache(decoder, 1, 4);
+  matrix<double> row = random(1, 32, 2), answer(1, byte_values);
+  std::int32_t left = 0;
+  expect_refused<config_error>([&] { adaptive_step(decoder, row, nothing{}, answer, {&left, 1}, cache, {.kind = exit_confidence::geometric}, {}); },
+                               "the model has no halting head");
+
+  // Kinds, numbers of them, and keys that are not there.
+  expect_refused<config_error>([] { parse_config(R"({"attention": ["exact", "lsh"]})"); }, "attention: expected lsh, bucket, local or collaborative, got 'exact'");
+  expect_refused<config_error>([] { parse_config(R"({"feed_forward": ["chunked"]})"); }, "feed_forward: expected a kind for each of 2 blocks, got 1");
+  expect_refused<config_error>([] { parse_config(R"({"layers": 2})"); }, "there is no key 'layers'");
+  expect_refused<config_error>([] { parse_config(R"({"heads": 2.5})"); }, "heads: expected a whole number, got a JSON number");
+  expect_refused<config_error>([] { parse_config("{"); }, "expected a JSON object");
+}
+
+TEST(pairs, a_skip_unit_inside_one_part_of_a_reversible_block_is_right) {
+  using mix = residual<sequential<layer_norm<double>, local_attention<double>>>;
+  using skips = skip_stack<tapped_block<mix, layer_norm<double>, feed_forward<double>>, ultra_mem<double>>;
+  skips s;
+  for (std::uint64_t i = 0; i < 2; ++i)
+    s.blocks.push_back({mix{sequential(layer_norm<double>(8), local_attention<double>({.inputs = 8, .chunk = 4, .causal = true}, {i}))},
+                        layer_norm<double>(8), feed_forward<double>({.features = 8, .hidden = 12, .kind = activation::gelu}, {i + 9})});
+  s.units.emplace_back(ultra_mem_config{.features = 8, .heads = 1, .sub_keys = 8, .key_width = 4, .top_k = 3, .value_width = 6}, rng_key{3});
+  s.ranges = {{0, 1}};
+  const auto report = gradient_check(reversible<skips, feed_forward<double>>(s, s.blocks[0].feed), random(9, 16, 4), {.key = {5}, .train = true}, {.entries = 10});
+  EXPECT_LT(report.worst(), 5e-6) << report.where();  // as above
+  EXPECT_GT(report.at("0.units.0.expansion.values").largest, 1e-5);
+}
+
+}  // namespace pairs_tests
