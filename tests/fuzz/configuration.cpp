@@ -35,8 +35,10 @@ bool read_together(const std::string& text) {
 }
 
 bool read_reformer(const std::string& text) {
+  const auto given = nlohmann::json::parse(text, nullptr, false);
+  if (given.is_discarded()) return false;
   try {
-    const reformer_config c = read_reformer_config(nlohmann::json::parse(text)).model;
+    const reformer_config c = read_reformer_config(given).model;
     index_t positions = 0;
     for (const index_t n : c.position_shape) positions = std::max(positions, n);
     for (const index_t n : {c.vocabulary, c.features, c.heads, c.head_width, c.hidden, positions, c.local_chunk, c.lsh_chunk, c.rounds})
@@ -47,7 +49,6 @@ bool read_reformer(const std::string& text) {
   } catch (const io_error&) {
   } catch (const config_error&) {
   } catch (const shape_error&) {
-  } catch (const nlohmann::json::parse_error&) {  // of the parser, before Lithe sees it
   }
   return false;
 }

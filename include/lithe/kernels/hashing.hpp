@@ -32,10 +32,10 @@ struct bucket_factors {
   }
   [[nodiscard]] bool empty() const { return count == 0; }
   [[nodiscard]] std::span<const index_t> span() const { return {factor.data(), count}; }
-  /// Their product, or something above `max_buckets`.
+  /// Their product, or something above `max_buckets`; 0 with a factor below 1.
   [[nodiscard]] index_t total() const {
     index_t n = 1;
-    for (const index_t f : span()) n = std::min(n, max_buckets + 1) * std::min(f, max_buckets + 1);
+    for (const index_t f : span()) n = std::min(n, max_buckets + 1) * std::clamp<index_t>(f, 0, max_buckets + 1);
     return n;
   }
   /// The random directions that a round of `hash_rotations` needs: half of their sum.

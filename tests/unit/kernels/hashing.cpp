@@ -186,6 +186,13 @@ TEST(hashing, too_many_factors_are_an_error) {
   EXPECT_THROW(bucket_factors{std::span<const index_t>(many)}, config_error);
 }
 
+TEST(hashing, products_of_any_factors_are_defined) {
+  constexpr index_t least = std::numeric_limits<index_t>::min(), most = std::numeric_limits<index_t>::max();
+  EXPECT_EQ((bucket_factors{16, 32}.total()), 512);
+  EXPECT_GT((bucket_factors{most, most, most}.total()), max_buckets);
+  for (const bucket_factors& f : {bucket_factors{least, 4}, bucket_factors{4, least}, bucket_factors{-2, -2}, bucket_factors{most, 0}}) EXPECT_EQ(f.total(), 0);
+}
+
 TEST(bucket_sort, equals_a_stable_sort) {
   for (const index_t n : {0, 1, 5, 1000})
     for (const index_t buckets : {1, 7, 65536}) {

@@ -76,7 +76,7 @@ struct token_hash {
   }
 
   void check(const char* who, const bucket_factors& f) const {
-    require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected at most ", max_buckets, " buckets a round, got ", product_of(f));
+    require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected 1 to ", max_buckets, " buckets a round, got ", product_of(f));
     if (config.family == hash_family::rotation)
       for (const index_t n : f.span())
         require<config_error>(n >= 2 && n % 2 == 0, who, ": expected every bucket count to be even and at least 2 for random rotations, got ", product_of(f));
