@@ -25,7 +25,6 @@ bool sees_nothing(const local_attention_config& c, const std::vector<std::uint8_
   return false;
 }
 
-/// A number of buckets or the list of its factors.
 /// random.rotations [H, D, R, N] as the layer has its directions: [H R N x D].
 template <class S>
 matrix<S> directions(const golden_case<S>& c) {

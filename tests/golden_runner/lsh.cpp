@@ -5,10 +5,6 @@
 
 namespace golden {
 
-namespace {
-
-}  // namespace
-
 /// The self-attention of Hugging Face's Reformer: heads side by side, without the projection behind them.
 template <class S>
 void run_lsh(golden_case<S>& c) {
