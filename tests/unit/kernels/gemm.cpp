@@ -10,22 +10,7 @@
 
 #include "lithe/core/parallel_executor.hpp"
 #include "lithe/core/random.hpp"
-
-// Eigen's products take their packing buffers from malloc, past operator new: the test of "no allocation" counts both.
-static thread_local long allocations = 0;
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define LITHE_TEST_COUNTS_MALLOC 1
-extern "C" void* __libc_malloc(std::size_t);
-extern "C" void* __libc_memalign(std::size_t, std::size_t);
-extern "C" void* malloc(std::size_t n) {
-  ++allocations;
-  return __libc_malloc(n);
-}
-extern "C" void* aligned_alloc(std::size_t alignment, std::size_t n) {
-  ++allocations;
-  return __libc_memalign(alignment, n);
-}
-#endif
+#include "support/malloc_count.hpp"  // Eigen's products take their packing buffers from malloc, past operator new
 
 namespace gemm_tests {
 
@@ -292,9 +277,7 @@ TYPED_TEST(gemm, keeps_nan_and_infinity_where_they_belong) {
 }
 
 TYPED_TEST(gemm, allocates_nothing_when_called_again) {
-#ifndef LITHE_TEST_COUNTS_MALLOC
-  GTEST_SKIP() << "malloc is not ours to count here";
-#endif
+#if defined(LITHE_COUNTS_MALLOC)
   using S = TypeParam;
   workspace work;
   context ctx;
@@ -306,18 +289,21 @@ TYPED_TEST(gemm, allocates_nothing_when_called_again) {
     w.assign(b);
     long before = 0;
     for (int round = 0; round < 3; ++round) {
-      if (round == 2) before = allocations;
+      if (round == 2) before = mallocs;
       gemm_nt<S>(a, b, c, ctx);
       gemm_nn<S>(a, bt, c, ctx);
       gemm_tn<S>(at, bt, c, ctx, update::add);
       gemm_packed<S>(a, w, c, ctx);
     }
-    EXPECT_EQ(allocations, before) << m << " rows";
+    EXPECT_EQ(mallocs, before) << m << " rows";
   }
-  const long before = allocations;
+  const long before = mallocs;
   void* volatile block = std::malloc(1);  // volatile: clang takes an unused pair of calls away
   std::free(block);
-  EXPECT_EQ(allocations, before + 1) << "the counter counts";
+  EXPECT_EQ(mallocs, before + 1) << "the counter counts";
+#else
+  GTEST_SKIP() << "malloc is not ours to count here";
+#endif
 }
 
 TEST(packed_matrix, copies_clears_and_refreshes) {
