@@ -5,8 +5,28 @@
 namespace lithe::inline LITHE_ABI {
 
 namespace detail {
-inline constexpr index_t norm_rows = 32;  // rows in one piece; also the block of the parameter gradients' sums
+
+inline constexpr index_t norm_rows = 32;  // rows in one piece; also the block of the sums over rows
+
+/// total [k x cols] = Σ over pieces of rows of what `add(first, last, sums)` adds to the zeroed sums [k x cols] of its piece, in the order
+/// of the rows with any number of workers.
+template <class S, class Add>
+void sum_over_rows(index_t rows, matrix_view<S> total, const context& ctx, const Add& add) {
+  const index_t k = total.rows(), pieces = (rows + norm_rows - 1) / norm_rows;
+  const scratch<S> sums(ctx, k * pieces, total.cols());
+  ctx.exec->run(rows, norm_rows, [&](index_t first, index_t last) {
+    const matrix_view<S> piece = sums.view().slice_rows(k * (first / norm_rows), k);
+    piece.map().setZero();
+    add(first, last, piece);
+  });
+  ctx.exec->run(total.cols(), 256, [&](index_t first, index_t last) {
+    const matrix_view<S> out = total.slice_cols(first, last - first), parts = sums.view().slice_cols(first, last - first);
+    out.map().setZero();
+    for (index_t piece = 0; piece < pieces; ++piece) out.map() += parts.slice_rows(k * piece, k).map();
+  });
 }
+
+}  // namespace detail
 
 /// Each row of y = (x - mean) ρ ⊙ weight + bias with ρ = 1/√(variance + epsilon) (biased variance), or, not centred, y = x ρ ⊙ weight with
 /// ρ = 1/√(mean square + epsilon). weight and bias are [1 x cols], bias may be empty; statistics [rows x 2] receives (mean, ρ).
@@ -32,14 +52,10 @@ void normalise_rows(matrix_view<const S> x, matrix_view<const S> weight, matrix_
 template <class S>
 void normalise_rows_backward(matrix_view<const S> x, matrix_view<const S> weight, bool centred, matrix_view<const S> statistics,
                              matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dweight, matrix_view<S> dbias, const context& ctx) {
-  const index_t pieces = (x.rows() + detail::norm_rows - 1) / detail::norm_rows, cols = x.cols();
-  const scratch<S> sums(ctx, 2 * pieces, cols);  // of each piece: dweight, dbias
-  ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
-    const index_t piece = first / detail::norm_rows;
-    auto sum_weight = sums.view().row_array(2 * piece), sum_bias = sums.view().row_array(2 * piece + 1);
-    sum_weight.setZero();
-    sum_bias.setZero();
-    const scratch<S> unit(ctx, 1, cols), scaled(ctx, 1, cols);
+  const scratch<S> sums(ctx, 2, x.cols());  // dweight, dbias
+  detail::sum_over_rows<S>(x.rows(), sums, ctx, [&](index_t first, index_t last, matrix_view<S> piece) {
+    auto sum_weight = piece.row_array(0), sum_bias = piece.row_array(1);
+    const scratch<S> unit(ctx, 1, x.cols()), scaled(ctx, 1, x.cols());
     auto z = unit.view().row_array(0), e = scaled.view().row_array(0);
     for (index_t t = first; t < last; ++t) {
       const auto d = dy.row_array(t);
@@ -51,10 +67,8 @@ void normalise_rows_backward(matrix_view<const S> x, matrix_view<const S> weight
       dx.row_array(t) = statistics(t, 1) * (e - mean - z * along);
     }
   });
-  for (index_t piece = 0; piece < pieces; ++piece) {
-    dweight.map() += sums.view().slice_rows(2 * piece, 1).map();
-    if (dbias.rows() != 0) dbias.map() += sums.view().slice_rows(2 * piece + 1, 1).map();
-  }
+  dweight.row_array(0) += sums.view().row_array(0);
+  if (dbias.rows() != 0) dbias.row_array(0) += sums.view().row_array(1);
 }
 
 }  // namespace lithe::inline LITHE_ABI

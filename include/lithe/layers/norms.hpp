@@ -119,32 +119,30 @@ struct batch_norm {
   }
   /// Training: dx = weight ρ (dy - mean(dy) - ẑ mean(dy ⊙ ẑ)) over the counted rows; evaluation: dx = weight ρ dy. Masked rows get 0.
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    each_block(ctx, [&](index_t first, index_t n) {
-      const auto at = [&](const matrix<S>& m, index_t row) { return m.row(row).segment(first, n).array(); };
-      const Eigen::Array<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, block> mean = at(r.statistics, 0), inverse = at(r.statistics, 1);
-      Eigen::Array<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, block> sum = mean * 0, along = sum;
-      const auto row = [&](matrix_view<const S> m, index_t t) { return m.slice_cols(first, n).row_array(t); };
-      for (index_t t = 0; t < x.rows(); ++t)
+    const scratch<S> sums(ctx, 2, weight.cols());  // Σ dy ⊙ ẑ, Σ dy
+    const auto along = sums.view().row_array(0), sum = sums.view().row_array(1);
+    const auto mean = r.statistics.row(0).array(), inverse = r.statistics.row(1).array();
+    detail::sum_over_rows<S>(x.rows(), sums, ctx, [&](index_t first, index_t last, matrix_view<S> piece) {
+      for (index_t t = first; t < last; ++t)
         if (ctx.valid(t)) {
-          sum += row(dy, t);
-          along += row(dy, t) * (row(x, t) - mean) * inverse;
+          piece.row_array(0) += dy.row_array(t) * (x.row_array(t) - mean) * inverse;
+          piece.row_array(1) += dy.row_array(t);
         }
-      g.weight.row(0).segment(first, n).array() += along;
-      g.bias.row(0).segment(first, n).array() += sum;
-      const S share = r.counted == 0 ? S(0) : S(1) / static_cast<S>(r.counted);
-      for (index_t t = 0; t < x.rows(); ++t) {
-        auto out = dx.slice_cols(first, n).row_array(t);
-        if (ctx.valid(t))
-          out = at(weight, 0) * inverse * (row(dy, t) - share * (sum + (row(x, t) - mean) * inverse * along));
-        else
-          out.setZero();
-      }
-      if (r.counted == 0) return;
-      g.running_mean.row(0).segment(first, n).array() += mean;
-      g.running_var.row(0).segment(first, n).array() +=
-          (inverse.square().inverse() - epsilon) * (static_cast<S>(r.counted) / static_cast<S>(r.counted - 1));
     });
-    g.batches += r.counted == 0 ? 0 : 1;
+    const S share = r.counted == 0 ? S(0) : S(1) / static_cast<S>(r.counted);
+    ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
+      for (index_t t = first; t < last; ++t)
+        if (ctx.valid(t))
+          dx.row_array(t) = weight.row(0).array() * inverse * (dy.row_array(t) - share * (sum + (x.row_array(t) - mean) * inverse * along));
+        else
+          dx.row_array(t).setZero();
+    });
+    g.weight.row(0).array() += along;
+    g.bias.row(0).array() += sum;
+    if (r.counted == 0) return;
+    g.running_mean.row(0).array() += mean;
+    g.running_var.row(0).array() += (inverse.square().inverse() - epsilon) * (static_cast<S>(r.counted) / static_cast<S>(r.counted - 1));
+    ++g.batches;
   }
   void after_step(const gradient& g) {
     if (g.batches == 0) return;
@@ -164,12 +162,6 @@ struct batch_norm {
   }
 
  private:
-  static constexpr int block = 64;  // features in one piece of work: every sum runs over all rows in order
-
-  template <class F>
-  void each_block(const context& ctx, F&& f) const {
-    ctx.exec->run(weight.cols(), block, [&](index_t first, index_t last) { f(first, last - first); });
-  }
   index_t run(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> statistics, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape("batch_norm", "y", y, out.rows, out.cols);
@@ -177,26 +169,24 @@ struct batch_norm {
     for (index_t t = 0; ctx.train && t < x.rows(); ++t) counted += ctx.valid(t);
     if (x.rows() == 0) return 0;
     require<shape_error>(!ctx.train || counted >= 2, "batch_norm: expected at least 2 rows that are no padding in training, got ", counted);
-    each_block(ctx, [&](index_t first, index_t n) {
-      auto mean = statistics.slice_cols(first, n).row_array(0);
-      auto inverse = statistics.slice_cols(first, n).row_array(1);
-      const auto row = [&](index_t t) { return x.slice_cols(first, n).row_array(t); };
-      if (ctx.train) {
-        mean.setZero();
-        inverse.setZero();
-        for (index_t t = 0; t < x.rows(); ++t)
-          if (ctx.valid(t)) mean += row(t);
-        mean /= static_cast<S>(counted);
-        for (index_t t = 0; t < x.rows(); ++t)
-          if (ctx.valid(t)) inverse += (row(t) - mean).square();
-        inverse = (inverse / static_cast<S>(counted) + epsilon).rsqrt();
-      } else {
-        mean = running_mean.row(0).segment(first, n).array();
-        inverse = (running_var.row(0).segment(first, n).array() + epsilon).rsqrt();
-      }
-      for (index_t t = 0; t < x.rows(); ++t)
-        y.slice_cols(first, n).row_array(t) =
-            (row(t) - mean) * inverse * weight.row(0).segment(first, n).array() + bias.row(0).segment(first, n).array();
+    auto mean = statistics.row_array(0), inverse = statistics.row_array(1);
+    if (ctx.train) {
+      const auto average = [&](matrix_view<S> total, const auto& term) {
+        detail::sum_over_rows<S>(x.rows(), total, ctx, [&](index_t first, index_t last, matrix_view<S> piece) {
+          for (index_t t = first; t < last; ++t)
+            if (ctx.valid(t)) piece.row_array(0) += term(x.row_array(t));
+        });
+        total.row_array(0) /= static_cast<S>(counted);
+      };
+      average(statistics.slice_rows(0, 1), [](const auto& row) { return row; });
+      average(statistics.slice_rows(1, 1), [&](const auto& row) { return (row - mean).square(); });
+      inverse = (inverse + epsilon).rsqrt();
+    } else {
+      mean = running_mean.row(0).array();
+      inverse = (running_var.row(0).array() + epsilon).rsqrt();
+    }
+    ctx.exec->run(x.rows(), detail::norm_rows, [&](index_t first, index_t last) {
+      for (index_t t = first; t < last; ++t) y.row_array(t) = (x.row_array(t) - mean) * inverse * weight.row(0).array() + bias.row(0).array();
     });
     return counted;
   }

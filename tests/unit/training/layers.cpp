@@ -94,13 +94,13 @@ TEST(rms_norm, scales_each_token) {
 }
 
 TEST(batch_norm, uses_the_batch_in_training_and_running_statistics_after) {
-  batch_norm<double> l(70);  // more features than one block
-  l.weight = random_matrix(1, 70, 2);
-  l.bias = random_matrix(1, 70, 3);
-  const auto x = random_matrix(9, 70);
+  batch_norm<double> l(300);  // 40 x 300: more rows and more features than one piece of work
+  l.weight = random_matrix(1, 300, 2);
+  l.bias = random_matrix(1, 300, 3);
+  const auto x = random_matrix(40, 300);
   expect_gradients(l, x);
-  l.running_mean = random_matrix(1, 70, 4);
-  l.running_var = random_matrix(1, 70, 5).cwiseAbs();
+  l.running_mean = random_matrix(1, 300, 4);
+  l.running_var = random_matrix(1, 300, 5).cwiseAbs();
   expect_gradients(l, x, {});
   EXPECT_GT((output_of(l, x) - output_of(l, x, training())).norm(), 1);
 }
