@@ -56,7 +56,8 @@ inline std::span<const token_t> held_out(const corpus& data, index_t at, index_t
   return std::span<const token_t>(data.text).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n));
 }
 
-inline double bits_per_byte(const model& m, const corpus& data, index_t T, index_t pieces, const lithe::context& ctx) {
+template <class Model>
+double bits_per_byte(const Model& m, const corpus& data, index_t T, index_t pieces, const lithe::context& ctx) {
   double sum = 0;
   index_t counted = 0;
   matrix<real> logits(T, byte_values);
@@ -71,10 +72,10 @@ inline double bits_per_byte(const model& m, const corpus& data, index_t T, index
 }
 
 /// Batches of the training text, drawn by step; body(gradient) after each backward pass.
-template <class Body>
-void train(model& m, const corpus& data, index_t T, index_t steps, index_t batch, std::uint64_t seed, const lithe::context& base, Body&& body) {
+template <class Model, class Body>
+void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch, std::uint64_t seed, const lithe::context& base, Body&& body) {
   auto gradient = lithe::make_gradient(m);
-  lithe::record_of<model> record;
+  lithe::record_of<Model> record;
   std::vector<token_t> inputs(static_cast<std::size_t>(batch * T)), targets(inputs.size());
   std::vector<index_t> offsets{0};
   for (index_t b = 1; b <= batch; ++b) offsets.push_back(b * T);

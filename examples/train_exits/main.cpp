@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <numbers>
 
-#include "exit_model.hpp"
+#include "exit_trainer.hpp"
 
 #if !defined(DEFAULT_TEXT)
 #define DEFAULT_TEXT "examples/data/kjv_new_testament.txt"
@@ -21,53 +21,20 @@ struct run_config {
   int workers = 0;
 };
 
-/// Stretches of text one below the other, and the byte behind each.
-struct bytes {
-  std::vector<token_t> inputs, targets;
-  std::vector<index_t> offsets{0};
-
-  void add(std::span<const token_t> text, index_t at, index_t length) {
-    const auto from = text.begin() + at;
-    inputs.insert(inputs.end(), from, from + length);
-    targets.insert(targets.end(), from + 1, from + length + 1);
-    offsets.push_back(static_cast<index_t>(inputs.size()));
-  }
-};
-
-void train(exit_language_model& model, const model_config& c, const run_config& r, std::span<const token_t> text, lithe::context ctx) {
+void train(exit_language_model& model, const model_config& c, const run_config& r, std::span<const token_t> text, const lithe::context& ctx) {
   const bool terminal = isatty(STDOUT_FILENO) != 0;
-  const lithe::exit_training_config exits{
-      .alpha = r.alpha, .start_step = r.steps * 3 / 4, .targets = {.penalty = r.penalty}, .reduce = lithe::reduction::mean};
-  const lithe::learning_rate_schedule schedule{
-      .learning_rate = r.rate, .warmup_steps = std::min<index_t>(100, r.steps), .total_steps = r.steps, .final_ratio = 0.05};
-  lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
-  auto gradient = lithe::make_gradient(model);
-  exit_language_model::record record;
+  const exit_run how{.steps = r.steps,
+                     .batch = r.batch,
+                     .rate = r.rate,
+                     .exits = {.alpha = r.alpha, .start_step = r.steps * 3 / 4, .targets = {.penalty = r.penalty}, .reduce = lithe::reduction::mean}};
   const auto begin = std::chrono::steady_clock::now();
-  ctx.train = true;
-  for (index_t step = 0; step < r.steps; ++step) {
-    const lithe::rng_key key = lithe::rng_key{c.seed}.child(7).child(static_cast<std::uint64_t>(step));
-    bytes b;
-    for (index_t i = 0; i < r.batch; ++i)
-      b.add(text, static_cast<index_t>(lithe::uniform(key, static_cast<std::uint64_t>(i)) * static_cast<double>(std::ssize(text) - c.context)),
-            c.context);
-    ctx.rows = {b.offsets};
-    ctx.key = key.child(1);
-    const lithe::scratch<real> x(ctx, std::ssize(b.inputs), c.features), dx(ctx, std::ssize(b.inputs), c.features);
-    lithe::set_zero(model, gradient);
-    model.words.forward(b.inputs, x, ctx);
-    const auto loss = lithe::aligned_exit_step(model.stack, lithe::matrix_view<const real>(x), {}, b.targets, exits, step, record.stack, dx.view(),
-                                               {}, gradient.stack, ctx);
-    model.words.backward(b.inputs, {}, dx, {}, gradient.words, ctx);
-    lithe::clip_by_global_norm(model, gradient, 1.0, ctx);
-    adam.step(model, gradient, schedule(step), ctx);
-    if (!terminal && (step + 1) % 100 != 0 && step + 1 != r.steps) continue;
+  train(model, c, how, text, ctx, [&](index_t step, const lithe::exit_training_losses& loss) {
+    if (!terminal && step % 100 != 0 && step != r.steps) return;
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    std::printf("%sstep %td/%td | loss of all exits %.3f, of the choice %.3f | %.0f s left   %s", terminal ? "\r" : "", step + 1, r.steps,
-                loss.decoder, loss.exit, seconds / static_cast<double>(step + 1) * static_cast<double>(r.steps - step - 1),
-                terminal && step + 1 < r.steps ? "" : "\n");
+    std::printf("%sstep %td/%td | loss of all exits %.3f, of the choice %.3f | %.0f s left   %s", terminal ? "\r" : "", step, r.steps, loss.decoder,
+                loss.exit, seconds / static_cast<double>(step) * static_cast<double>(r.steps - step), terminal && step < r.steps ? "" : "\n");
     std::fflush(stdout);
-  }
+  });
 }
 
 /// Held-out bits per byte of every exit.
@@ -76,7 +43,7 @@ void evaluate(const exit_language_model& model, const model_config& c, std::span
   matrix<real> x(c.context, c.features), logits(c.layers * c.context, byte_values);
   index_t pieces = 0;
   for (index_t at = 0; at + c.context < std::ssize(text); at += c.context, ++pieces) {
-    bytes b;
+    stretches b;
     b.add(text, at, c.context);
     model.words.forward(b.inputs, x, base);
     model.stack.forward(x, logits, base);

@@ -9,6 +9,7 @@
 #include "lithe/layers/cache.hpp"
 #include "lithe/layers/parameters.hpp"
 #include "support/matrices.hpp"
+#include "support/same_bits.hpp"
 
 namespace attention_tests {
 
@@ -426,30 +427,13 @@ void same_bits(index_t length, index_t heads, index_t key_value_heads) {
   const attention<S> l({.inputs = 16, .heads = heads, .head_width = 20, .causal = true, .rotary_width = 8, .key_value_heads = key_value_heads},
                        rng_key{1});
   const offsets rows{0, length / 3, length / 3, length};
-  const matrix<S> x = random<S>(length, 16, 1), dy = random<S>(length, 16, 2);
-  matrix<S> first_y, first_dx, first_key, first_cached;
-  for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    const context ctx{.exec = &exec, .work = &work, .rows = {rows}};
-    matrix<S> y(length, 16), dx(length, 16), cached(length, 16);
-    auto g = make_gradient(l);
-    typename attention<S>::record r;
-    l.forward(x, y, r, ctx);
-    l.backward(x, r, dy, dx, g, ctx);
+  const matrix<S> x = random<S>(length, 16, 1);
+  expect_same_bits_for_any_workers(l, x, {.rows = {rows}}, [&](const context& ctx) {
+    matrix<S> cached(length, 16);
     auto c = l.make_cache(3, length);
     l.decode(x, cached, c, ctx);
-    if (workers == 1) {
-      first_y = y;
-      first_dx = dx;
-      first_key = g.key.weight;
-      first_cached = cached;
-    }
-    EXPECT_EQ(y, first_y);
-    EXPECT_EQ(dx, first_dx);
-    EXPECT_EQ(g.key.weight, first_key);
-    EXPECT_EQ(cached, first_cached);
-  }
+    return cached;
+  });
 }
 TEST(attention, same_bits_for_any_number_of_workers) {
   same_bits<float>(1700, 3, 3);

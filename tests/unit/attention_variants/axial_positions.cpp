@@ -2,10 +2,10 @@
 
 #include <gtest/gtest.h>
 
-#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/cache.hpp"
 #include "lithe/layers/parameters.hpp"
 #include "lithe/training/gradient_check.hpp"
+#include "support/same_bits.hpp"
 
 namespace axial_positions_tests {
 
@@ -122,24 +122,8 @@ TEST(axial_positions, dropout_is_of_the_embedding_and_only_in_training) {
 TEST(axial_positions, same_bits_for_any_number_of_workers) {
   axial_positions_config c = grid({40, 50}, {70, 130});
   c.dropout = 0.1;
-  const axial_positions<float> l(c, rng_key{1});
-  matrix<float> x = random(1900, 200, 2).cast<float>(), first_y, first_g;
-  for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    const context ctx{.exec = &exec, .work = &work, .key = rng_key{3}, .train = true};
-    matrix<float> y(1900, 200), dx(1900, 200);
-    axial_positions<float>::record r;
-    auto g = make_gradient(l);
-    l.forward(x, y, r, ctx);
-    l.backward(x, r, y, dx, g, ctx);
-    if (workers == 1) {
-      first_y = y;
-      first_g = g.weights[1];
-    }
-    EXPECT_EQ(y, first_y);
-    EXPECT_EQ(g.weights[1], first_g);
-  }
+  expect_same_bits_for_any_workers(axial_positions<float>(c, rng_key{1}), matrix<float>(random(1900, 200, 2).cast<float>()),
+                                   {.key = rng_key{3}, .train = true});
 }
 
 TEST(axial_positions, decoding_goes_on_where_the_slot_stands) {

@@ -8,6 +8,7 @@
 #include "lithe/layers/cache.hpp"
 #include "lithe/training/gradient_check.hpp"
 #include "support/matrices.hpp"
+#include "support/same_bits.hpp"
 
 namespace collaborative_attention_tests {
 
@@ -323,29 +324,17 @@ void same_bits(index_t length, index_t heads, double rate) {
   const auto l = lively(collaborative_attention<S>(
       {.inputs = 16, .heads = heads, .key_width = 20, .value_width = heads * 5, .causal = true, .dropout = rate}, rng_key{1}));
   const offsets rows{0, length / 3, length / 3, length};
-  const matrix<S> x = random<S>(length, 16, 1), dy = random<S>(length, 16, 2);
-  matrix<S> first[5];
-  for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    const context ctx{.exec = &exec, .work = &work, .rows = {rows}, .train = true};
-    matrix<S> y(length, 16), dx(length, 16), cached(length, 16), step(3, 16);
-    auto g = make_gradient(l);
-    typename collaborative_attention<S>::record r;
-    l.forward(x, y, r, ctx);
-    l.backward(x, r, dy, dx, g, ctx);
+  const matrix<S> x = random<S>(length, 16, 1);
+  expect_same_bits_for_any_workers(l, x, {.rows = {rows}, .train = true}, [&](const context& ctx) {
+    matrix<S> all(length + 3, 16);
     auto c = l.make_cache(3, length + 1);
-    l.decode(x, cached, c, ctx);
+    l.decode(x, all.topRows(length), c, ctx);
     context one = ctx;
     const offsets single{0, 1, 2, 3};
     one.rows = {single};
-    l.decode(matrix<S>(x.topRows(3)), step, c, one);
-    const matrix<S>* const all[5] = {&y, &dx, &g.mixing, &cached, &step};
-    for (int i = 0; i < 5; ++i) {
-      if (workers == 1) first[i] = *all[i];
-      EXPECT_EQ(*all[i], first[i]) << i;
-    }
-  }
+    l.decode(matrix<S>(x.topRows(3)), all.bottomRows(3), c, one);
+    return all;
+  });
 }
 TEST(collaborative_attention, same_bits_for_any_number_of_workers) {
   same_bits<float>(1300, 3, 0);

@@ -8,6 +8,7 @@
 #include "lithe/training/gradient_check.hpp"
 #include "support/malloc_count.hpp"
 #include "support/matrices.hpp"
+#include "support/same_bits.hpp"
 
 namespace local_attention_tests {
 
@@ -270,26 +271,7 @@ template <class S>
 void same_bits(index_t length, index_t heads, index_t chunk, index_t after) {
   const local_attention<S> l({.inputs = 16, .heads = heads, .head_width = 20, .chunk = chunk, .after = after, .dropout = 0.1}, rng_key{1});
   const offsets rows{0, length / 3, length / 3, length};
-  const matrix<S> x = random<S>(length, 16, 1), dy = random<S>(length, 16, 2);
-  matrix<S> first_y, first_dx, first_key;
-  for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    const context ctx{.exec = &exec, .work = &work, .rows = {rows}, .train = true};
-    matrix<S> y(length, 16), dx(length, 16);
-    auto g = make_gradient(l);
-    typename local_attention<S>::record r;
-    l.forward(x, y, r, ctx);
-    l.backward(x, r, dy, dx, g, ctx);
-    if (workers == 1) {
-      first_y = y;
-      first_dx = dx;
-      first_key = g.key.weight;
-    }
-    EXPECT_EQ(y, first_y);
-    EXPECT_EQ(dx, first_dx);
-    EXPECT_EQ(g.key.weight, first_key);
-  }
+  expect_same_bits_for_any_workers(l, random<S>(length, 16, 1), {.rows = {rows}, .train = true});
 }
 TEST(local_attention, same_bits_for_any_number_of_workers) {
   same_bits<float>(2500, 3, 64, 0);

@@ -2,9 +2,9 @@
 
 #include <gtest/gtest.h>
 
-#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/halting_sequence.hpp"
 #include "lithe/training/gradient_check.hpp"
+#include "support/same_bits.hpp"
 
 namespace halting_tests {
 
@@ -172,25 +172,8 @@ TEST(halting, one_exit_has_no_head) {
 }
 
 TEST(halting, same_bits_with_any_number_of_workers) {
-  const auto x = random_matrix(3 * 300, 6, 2);
-  const halting<double> l({.exits = 3, .features = 6, .per_block = true, .hidden_layers = 1}, {3});
-  matrix<double> first;
-  for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    context ctx{.exec = &exec, .work = &work};
-    matrix<double> log_q(300, 3), dx(900, 6);
-    record_of<halting<double>> r;
-    auto g = make_gradient(l);
-    l.forward(x, log_q, r, ctx);
-    l.backward(x, r, random_matrix(300, 3, 4), dx, g, ctx);
-    matrix<double> all(300 + 900, 6);
-    all.setZero();
-    all.topLeftCorner(300, 3) = log_q;
-    all.bottomRows(900) = dx;
-    if (workers == 1) first = all;
-    EXPECT_EQ(first, all);
-  }
+  expect_same_bits_for_any_workers(halting<double>({.exits = 3, .features = 6, .per_block = true, .hidden_layers = 1}, {3}),
+                                   random_matrix(3 * 300, 6, 2), {});
 }
 
 TEST(halting, bad_input_is_refused) {

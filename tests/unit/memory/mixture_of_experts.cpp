@@ -2,10 +2,10 @@
 
 #include <gtest/gtest.h>
 
-#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/feed_forward.hpp"
 #include "lithe/training/gradient_check.hpp"
 #include "support/malloc_count.hpp"
+#include "support/same_bits.hpp"
 
 namespace mixture_of_experts_tests {
 
@@ -245,25 +245,9 @@ TEST(mixture_of_experts, no_token_and_one_token) {
 
 TEST(mixture_of_experts, the_same_bits_with_any_number_of_workers) {
   mixture_of_experts<float> m({.features = 64, .hidden = 600, .experts = 6, .top_k = 2, .gated = true}, rng_key{3});
-  matrix<float> x(150, 64), dy(150, 64);
+  matrix<float> x(150, 64);
   fill_normal<float>(x, 1.0, rng_key{1});
-  fill_normal<float>(dy, 1.0, rng_key{2});
-  const auto run = [&](index_t workers) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    const context ctx{.exec = &exec, .work = &work, .train = true};
-    matrix<float> y(150, 64), dx(150, 64);
-    mixture_of_experts<float>::record r;
-    auto g = make_gradient(m);
-    m.forward(x, y, r, ctx);
-    m.backward(x, r, dy, dx, g, ctx);
-    std::vector<float> all;
-    for (const matrix<float>* t : {&y, &dx, &g.router.weight, &g.up, &g.gate, &g.down}) all.insert(all.end(), t->data(), t->data() + t->size());
-    return all;
-  };
-  const auto one = run(1);
-  EXPECT_EQ(one, run(2));
-  EXPECT_EQ(one, run(7));
+  expect_same_bits_for_any_workers(m, x, {.train = true});
 }
 
 TEST(mixture_of_experts, allocates_nothing_when_called_again) {

@@ -2,9 +2,9 @@
 
 #include <gtest/gtest.h>
 
-#include "lithe/core/parallel_executor.hpp"
 #include "lithe/training/gradient_check.hpp"
 #include "lithe/training/optimiser.hpp"
+#include "support/same_bits.hpp"
 
 namespace product_key_memory_tests {
 
@@ -426,29 +426,9 @@ TEST(product_key_memory, the_same_bits_with_any_number_of_workers) {
   product_key_memory_config c{.inputs = 40, .heads = 3, .sub_keys = 24, .key_width = 32, .top_k = 9};
   c.query.norm = query_normalisation::batch;
   const product_key_memory<float> m(c, {5});
-  matrix<float> x(300, 40), dy(300, 40);
+  matrix<float> x(300, 40);
   fill_uniform<float>(x, 1.0, {1});
-  fill_uniform<float>(dy, 1.0, {2});
-  const auto run = [&](index_t workers) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    context ctx{.exec = &exec, .work = &work, .train = true};
-    matrix<float> y(300, 40), dx(300, 40);
-    product_key_memory<float>::record r;
-    auto g = make_gradient(m);
-    m.forward(x, y, r, ctx);
-    m.backward(x, r, dy, dx, g, ctx);
-    std::vector<float> all(y.data(), y.data() + y.size());
-    all.insert(all.end(), dx.data(), dx.data() + dx.size());
-    all.insert(all.end(), g.keys.keys.data(), g.keys.keys.data() + g.keys.keys.size());
-    const auto& w = g.query.networks[0].maps[0].weight;
-    all.insert(all.end(), w.data(), w.data() + w.size());
-    all.insert(all.end(), g.values.storage.data(), g.values.storage.data() + g.values.count() * 40);
-    return all;
-  };
-  const auto one = run(1);
-  EXPECT_EQ(one, run(2));
-  EXPECT_EQ(one, run(7));
+  expect_same_bits_for_any_workers(m, x, {.train = true});
 }
 
 TEST(product_key_memory, training_lowers_the_loss_and_moves_touched_rows_alone) {

@@ -2,11 +2,11 @@
 
 #include <gtest/gtest.h>
 
-#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/memory/ultra_mem_presets.hpp"
 #include "lithe/training/gradient_check.hpp"
 #include "lithe/training/optimiser.hpp"
 #include "support/malloc_count.hpp"
+#include "support/same_bits.hpp"
 
 namespace ultra_mem_tests {
 
@@ -620,28 +620,9 @@ TEST(ultra_mem, no_token_one_token_and_a_token_of_zeros) {
 TEST(ultra_mem, the_same_bits_with_any_number_of_workers) {
   ultra_mem_config c{.features = 32, .sub_keys = 24, .key_width = 16, .top_k = 9, .value_width = 48, .query_conv = 3, .rank_loss = 1, .balance = 1};
   const ultra_mem<float> m(c, rng_key{5});
-  matrix<float> x(300, 32), dy(300, 32);
+  matrix<float> x(300, 32);
   fill_normal<float>(x, 1.0, {1});
-  fill_normal<float>(dy, 1.0, {2});
-  const auto run = [&](index_t workers) {
-    const parallel_executor exec(workers);
-    workspace work(exec);
-    const context ctx{.exec = &exec, .work = &work, .train = true};
-    matrix<float> y(300, 32), z(300, 32), dx(300, 32);
-    ultra_mem<float>::record r;
-    auto g = make_gradient(m);
-    m.forward(x, z, ctx);
-    m.forward(x, y, r, ctx);
-    m.backward(x, r, dy, dx, g, ctx);
-    std::vector<float> all(g.expansion.values.storage.data(), g.expansion.values.storage.data() + g.expansion.values.count() * 24);
-    for (const matrix<float>* t : {&y, &z, &dx, &g.query.projection.weight, &g.query.convolution.weight, &g.search.keys, &g.search.cores, &g.search.norm.weight,
-                                   &g.expansion.projection.weight})
-      all.insert(all.end(), t->data(), t->data() + t->size());
-    return all;
-  };
-  const auto one = run(1);
-  EXPECT_EQ(one, run(2));
-  EXPECT_EQ(one, run(7));
+  expect_same_bits_for_any_workers(m, x, {.train = true});
 }
 
 TEST(ultra_mem, allocates_nothing_when_called_again) {

@@ -1,12 +1,12 @@
 #include <gtest/gtest.h>
 
-#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/activations.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/embedding.hpp"
 #include "lithe/layers/feed_forward.hpp"
 #include "lithe/layers/norms.hpp"
 #include "lithe/training/gradient_check.hpp"
+#include "support/same_bits.hpp"
 
 namespace layers_tests {
 
@@ -285,32 +285,9 @@ TEST(layers, no_tokens_are_no_trouble) {
 }
 
 TEST(layers, the_same_bits_with_any_number_of_workers) {
-  matrix<float> x(700, 96), dy(700, 96);
+  matrix<float> x(700, 96);
   fill_uniform<float>(x, 1.0, {1});
-  fill_uniform<float>(dy, 1.0, {2});
-  const auto expect_same = [&](const auto& l) {
-    const auto run = [&](index_t workers) {
-      const parallel_executor exec(workers);
-      workspace work(exec);
-      const context ctx{.exec = &exec, .work = &work, .key = {5}, .train = true};
-      typename std::remove_cvref_t<decltype(l)>::record r;
-      auto g = make_gradient(l);
-      matrix<float> y(700, 96), dx(700, 96);
-      l.forward(x, y, r, ctx);
-      l.backward(x, r, dy, dx, g, ctx);
-      std::vector<float> all(y.data(), y.data() + y.size());
-      all.insert(all.end(), dx.data(), dx.data() + dx.size());
-      for_each_tensor(
-          [&](const std::string&, role kind, const auto&, const auto& q) {
-            if (kind == role::parameter) all.insert(all.end(), q.data(), q.data() + q.size());
-          },
-          l, g);
-      return all;
-    };
-    const auto one = run(1);
-    EXPECT_EQ(one, run(2));
-    EXPECT_EQ(one, run(7));
-  };
+  const auto expect_same = [&](const auto& l) { expect_same_bits_for_any_workers(l, x, {.key = {5}, .train = true}); };
   expect_same(linear<float>({96, 96}, {1}));
   expect_same(layer_norm<float>(96));
   expect_same(rms_norm<float>(96));

@@ -1,0 +1,114 @@
+// Reversible blocks against plain residual blocks of the same parts: quality, speed and what training keeps (arXiv 2001.04451).
+#include "../../examples/compress_attention/compressed_model.hpp"
+#include "table.hpp"
+
+namespace {
+
+using namespace lithe;
+
+constexpr index_t D = 128, H = 4, T = 256, batch = 8;
+
+using attending = pre_norm<attention<real>>;
+using feeding = pre_norm<feed_forward<real>>;
+using plain_model = sequential<embedding<real>, stack<sequential<residual<attending>, residual<feeding>>>, layer_norm<real>, linear<real>>;
+using reversible_model = reversible_language_model<reversible<attending, feeding>>;
+
+attending attending_part(rng_key key) { return {layer_norm<real>(D), attention<real>({.inputs = D, .heads = H, .causal = true}, key)}; }
+feeding feeding_part(rng_key key) {
+  return {layer_norm<real>(D), feed_forward<real>({.features = D, .hidden = 4 * D, .kind = activation::gelu}, key)};
+}
+
+plain_model make_plain(index_t layers, rng_key key) {
+  plain_model m;
+  auto& [words, blocks, norm, last] = m.layers;
+  words = embedding<real>({.tokens = byte_values, .features = D, .positions = T}, key.child(0));
+  for (index_t i = 0; i < layers; ++i) {
+    const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
+    blocks.blocks.push_back(sequential(residual<attending>{attending_part(k.child(0))}, residual<feeding>{feeding_part(k.child(1))}));
+  }
+  norm = layer_norm<real>(D);
+  last = linear<real>({D, byte_values}, key.child(2));
+  return m;
+}
+
+reversible_model make_reversible(index_t layers, rng_key key) {
+  reversible_model m;
+  m.words = embedding<real>({.tokens = byte_values, .features = D}, key.child(0));
+  m.positions = axial_positions<real>({.shape = {T}, .widths = {D}, .deviation = 0.02}, key.child(1));
+  for (index_t i = 0; i < layers; ++i) {
+    const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
+    m.blocks.blocks.emplace_back(attending_part(k.child(0)), feeding_part(k.child(1)));
+  }
+  m.head = reversible_model::head_type(layer_norm<real>(2 * D), dropout<real>(0), linear<real>({2 * D, byte_values}, key.child(2)));
+  return m;
+}
+
+struct outcome {
+  double bits_per_byte, tokens_per_second, record_mib;
+};
+
+template <class Model>
+outcome train(Model& model, const corpus& data, index_t steps, std::uint64_t seed, const context& ctx, const std::function<void(double)>& tell) {
+  optimiser<real> adam(optimiser_config{.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
+  const learning_rate_schedule schedule{.learning_rate = 3e-3, .warmup_steps = std::min<index_t>(50, steps), .total_steps = steps, .final_ratio = 0.05};
+  const double begin = tables::now();
+  compressed::train(model, data, T, steps, batch, seed, ctx, [&](index_t step, auto& gradient) {
+    clip_by_global_norm(model, gradient, 1, ctx);
+    adam.step(model, gradient, schedule(step), ctx);
+    tell(static_cast<double>(step) / static_cast<double>(steps));
+  });
+  const double seconds = tables::now() - begin;
+  record_of<Model> record;
+  matrix<real> logits(T, byte_values);
+  context training = ctx;
+  training.train = true;
+  model.forward(std::span<const token_t>(data.text).first(static_cast<std::size_t>(T)), logits, record, training);
+  return {compressed::bits_per_byte(model, data, T, std::numeric_limits<index_t>::max(), ctx), static_cast<double>(steps * batch * T) / seconds,
+          static_cast<double>(batch) * static_cast<double>(bytes(record)) / (1 << 20)};
+}
+
+tables::table make(const tables::options& o) {
+  const parallel_executor exec(o.workers);
+  workspace work(exec);
+  const context ctx{.exec = &exec, .work = &work};
+  const corpus data(LITHE_DATA "/kjv_new_testament.txt", T);
+  const index_t steps = o.pick<index_t>(3, 300, 1600);
+  const std::vector<index_t> depths{3, 6, 12};
+  tables::table t{.title = "Reversible blocks against plain ones",
+                  .source = "arXiv 2001.04451 section 5, figure 3",
+                  .question = concat(steps, " steps of ", batch, " x ", T, " bytes of the bundled text, blocks of ", D, " features: held-out bits per byte, and the ",
+                                     "MiB that stand between a forward and its backward pass."),
+                  .columns = {"blocks", "kind", "parameters", "bits per byte", "training tokens/s", "record MiB"},
+                  .figures = {{.title = "Held-out bits per byte", .x = "blocks", .y = "bits per byte", .by = "kind"},
+                              {.title = "Kept for the backward pass", .x = "blocks", .y = "record MiB", .by = "kind"}}};
+  double worst = -1e9, slowest = 1;
+  std::map<std::pair<index_t, bool>, outcome> found;
+  for (std::size_t i = 0; i < 2 * depths.size(); ++i) {
+    const index_t layers = depths[i / 2];
+    const bool backwards = i % 2 == 1;
+    const std::string kind = backwards ? "reversible" : "plain";
+    const auto tell = [&](double share) {
+      tables::progress(concat(layers, " ", kind, " blocks"), (static_cast<double>(i) + share) / static_cast<double>(2 * depths.size()));
+    };
+    const auto add = [&](auto model) {
+      const index_t parameters = count_parameters(model);
+      const outcome x = found[{layers, backwards}] = train(model, data, steps, 1000 + o.seed, ctx, tell);
+      t.row({layers, kind, parameters, x.bits_per_byte, x.tokens_per_second, x.record_mib});
+    };
+    backwards ? add(make_reversible(layers, rng_key{o.seed})) : add(make_plain(layers, rng_key{o.seed}));
+    if (!backwards) continue;
+    const outcome &plain = found[{layers, false}], &reversible = found[{layers, true}];
+    worst = std::max(worst, reversible.bits_per_byte - plain.bits_per_byte);
+    slowest = std::min(slowest, reversible.tokens_per_second / plain.tokens_per_second);
+  }
+  const auto record = [&](std::size_t depth, bool backwards) { return found[{depths[depth], backwards}].record_mib; };
+  t.shown = worst < 0.02 && record(2, true) < 1.1 * record(0, true);
+  t.finding = concat("Reversible blocks need at most ", worst, " bits per byte more than plain ones, at ", slowest, " of their speed or better; ", depths[2],
+                     " of them keep ", record(2, true), " MiB and ", depths[0], " keep ", record(0, true), ", plain ones ", record(2, false), " and ",
+                     record(0, false), ".");
+  return t;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return tables::main_of(argc, argv, make); }
