@@ -11,6 +11,7 @@ constexpr index_t rows = 32;  // stretches of held-out text that are decoded sid
 model_config model_of(index_t layers, std::uint64_t seed) {
   model_config c;
   c.feed_forward = "dense";
+  c.memory_at = {0};
   c.layers = layers;
   c.context = 128;
   c.seed = seed;
@@ -22,11 +23,14 @@ struct outcome {
 };
 
 /// Held-out text, byte for byte through the decode cache, each leaving by the rule.
-outcome decode(const exit_language_model& model, const exit_rule& rule, std::span<const token_t> text, index_t T, const context& ctx) {
+outcome decode(const exit_language_model& model, const exit_rule& rule, std::span<const token_t> text, index_t T, context ctx) {
   const exit_decoder model_with_rule(model.words, model.stack, {}, rule);
   auto cache = model_with_rule.make_cache(rows, T);
   std::vector<token_t> ids(rows), next(rows);
   matrix<real> logits(rows, byte_values);
+  std::vector<index_t> offsets(rows + 1);
+  std::iota(offsets.begin(), offsets.end(), index_t{0});
+  ctx.rows = {offsets};
   double loss = 0, exits = 0, seconds = 0;
   for (index_t t = 0; t < T; ++t) {
     for (index_t i = 0; i < rows; ++i) {
@@ -80,10 +84,10 @@ tables::table make(const tables::options& o) {
   for (const index_t n : depths) {
     std::vector<double> last(static_cast<std::size_t>(n), 0.0);
     last.back() = 1;
-    fixed.push_back(add(trained(n, {.weights = last}, concat(n, " blocks")), "fixed depth", {}, nullptr));
+    fixed.push_back(add(trained(n, {.weights = last}, concat("depth ", n)), "fixed depth", {}, nullptr));
   }
   const exit_language_model model =
-      trained(blocks, {.alpha = 0.1, .start_step = steps * 3 / 4, .targets = {.penalty = 0.1}}, concat(blocks, " blocks with exits"));
+      trained(blocks, {.alpha = 0.1, .start_step = steps * 3 / 4, .targets = {.penalty = 0.1}}, concat("depth ", blocks, " with exits"));
   for (std::int32_t n = 1; n <= blocks; ++n) add(model, "exits, all from one", {.exits = {n}}, nullptr);
   // The fixed depth that reaches a quality, between the depths that were trained; the deepest for what none of them reaches.
   const auto depth_as_good = [&](double bits) {
@@ -95,16 +99,18 @@ tables::table make(const tables::options& o) {
     return fixed.back().exit;
   };
   double saved = 0, at = 0, bits = 0;
-  for (const auto& [name, kind] : {std::pair{"exits, halting head", exit_confidence::geometric}, {"exits, top probability", exit_confidence::max_prob}})
+  for (const auto& [name, kind] :
+       {std::pair{"exits, halting head", exit_confidence::geometric}, {"exits, top probability", exit_confidence::max_prob}})
     for (const double threshold : {0.1, 0.3, 0.5, 0.7, 0.9}) {
       const outcome x = add(model, name, {.kind = kind, .thresholds = {threshold}}, threshold);
       const double depth = depth_as_good(x.bits_per_byte);
       if (depth / x.exit > saved) saved = depth / x.exit, at = x.exit, bits = x.bits_per_byte;
     }
   t.shown = saved > 1.2 && bits <= fixed[2].bits_per_byte;
-  t.finding = saved == 0 ? std::string("No exit rule reaches a model of fixed depth.")
-                         : concat("Exits reach ", bits, " bits per byte with ", at, " blocks a byte on average, for which a model of fixed depth needs ", saved * at,
-                                  "; ", blocks, " fixed blocks reach ", fixed.back().bits_per_byte, ".");
+  t.finding = saved == 0
+                  ? std::string("No exit rule reaches a model of fixed depth.")
+                  : concat("Exits reach ", bits, " bits per byte with ", at, " blocks a byte on average, for which a model of fixed depth needs ",
+                           saved * at, "; ", blocks, " fixed blocks reach ", fixed.back().bits_per_byte, ".");
   return t;
 }
 

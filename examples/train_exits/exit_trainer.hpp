@@ -44,8 +44,8 @@ void train(exit_language_model& model, const model_config& c, const exit_run& r,
     const lithe::scratch<real> x(ctx, std::ssize(b.inputs), c.features), dx(ctx, std::ssize(b.inputs), c.features);
     lithe::set_zero(model, gradient);
     model.words.forward(b.inputs, x, ctx);
-    const auto loss = lithe::aligned_exit_step(model.stack, lithe::matrix_view<const real>(x), {}, b.targets, r.exits, step, record.stack, dx.view(), {},
-                                               gradient.stack, ctx);
+    const auto loss = lithe::aligned_exit_step(model.stack, lithe::matrix_view<const real>(x), {}, b.targets, r.exits, step, record.stack, dx.view(),
+                                               {}, gradient.stack, ctx);
     model.words.backward(b.inputs, {}, dx, {}, gradient.words, ctx);
     lithe::clip_by_global_norm(model, gradient, 1.0, ctx);
     adam.step(model, gradient, schedule(step), ctx);
