@@ -107,10 +107,8 @@ tables::table make(const tables::options& o) {
       if (depth / x.exit > saved) saved = depth / x.exit, at = x.exit, bits = x.bits_per_byte;
     }
   t.shown = saved > 1.2 && bits <= fixed[2].bits_per_byte;
-  t.finding = saved == 0
-                  ? std::string("No exit rule reaches a model of fixed depth.")
-                  : concat("Exits reach ", bits, " bits per byte with ", at, " blocks a byte on average, for which a model of fixed depth needs ",
-                           saved * at, "; ", blocks, " fixed blocks reach ", fixed.back().bits_per_byte, ".");
+  t.finding = concat("Exits reach ", bits, " bits per byte with ", at, " blocks a byte on average, for which a model of fixed depth needs ",
+                     saved * at, "; ", blocks, " fixed blocks reach ", fixed.back().bits_per_byte, ".");
   return t;
 }
 

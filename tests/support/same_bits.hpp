@@ -57,7 +57,11 @@ void expect_same_bits_for_any_workers(const L& l, const matrix<typename L::scala
         },
         l, g);
     if (workers == 1) one = all;
-    for (std::size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(all[i].second == one[i].second) << all[i].first << " with " << workers << " workers";
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      const auto& [name, m] = all[i];
+      ASSERT_EQ(m.rows(), one[i].second.rows()) << name << " with " << workers << " workers";  // touched rows of a table
+      EXPECT_TRUE(m == one[i].second) << name << " with " << workers << " workers";
+    }
   }
 }
 
