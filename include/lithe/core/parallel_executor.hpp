@@ -17,10 +17,10 @@ namespace lithe::inline LITHE_ABI {
 
 /// Runs loops on the calling thread and `workers - 1` threads of Eigen's own pool. Threads are never pinned.
 ///
-/// A loop is published in the executor; whoever is awake takes pieces of it, those of its own share first: what one loop leaves in a core's
-/// cache, the next one finds there. The caller never waits for a helper that has not woken up yet, only for helpers that hold a piece: a loop
-/// shorter than a wake-up costs next to nothing. A helper that runs out of pieces lingers for some microseconds before it sleeps, because a
-/// layer's loops follow one another closely.
+/// A loop is published in the executor; whoever is awake takes pieces of it, those of its own share first and then the last of another's: what
+/// one loop leaves in a core's cache, the next one finds there. The caller never waits for a helper that has not woken up yet, only for helpers that
+/// hold a piece: a loop shorter than a wake-up costs next to nothing. A helper that runs out of pieces lingers for some microseconds before it
+/// sleeps, because a layer's loops follow one another closely.
 class parallel_executor final : public executor {
  public:
   /// Throws config_error unless workers >= 1.
@@ -35,8 +35,8 @@ class parallel_executor final : public executor {
 
   void run(index_t n, index_t grain, body f) const override {
     if (n <= 0) return;
-    // Nested loops, loops of one piece and loops of a second caller run where they are.
-    if (n <= grain || workers_ == 1 || worker() != 0 || busy_.test_and_set(std::memory_order_acquire))
+    // Nested loops, loops of one piece (or of more than a share can count) and loops of a second caller run where they are.
+    if (n <= grain || n / grain >= most_pieces || workers_ == 1 || worker() != 0 || busy_.test_and_set(std::memory_order_acquire))
       return executor::run(n, grain, f);
     loop now(f, n, grain, std::min(workers_, most_shares));
     open(now);
@@ -49,11 +49,26 @@ class parallel_executor final : public executor {
  private:
   static constexpr int linger_spins = 4000;  // about 20 to 50 microseconds of pause instructions
   static constexpr index_t most_shares = 32;  // on the caller's stack; more workers than that share them
+  static constexpr index_t most_pieces = (index_t{1} << 32) - 1;
 
   struct loop {
-    /// The pieces that one worker begins with; a cache line of its own.
+    /// The pieces that one worker begins with, [first, last) in the halves of a word: it takes the first of them and the others the last,
+    /// so that loop after loop nearly the same pieces change hands. A cache line of its own.
     struct alignas(64) share {
-      std::atomic<index_t> next{0}, last{0};
+      std::atomic<std::uint64_t> left{0};
+
+      void set(index_t first, index_t last) {
+        left.store(static_cast<std::uint64_t>(first) << 32 | static_cast<std::uint64_t>(last), std::memory_order_relaxed);
+      }
+      /// A piece, or -1 if none is left.
+      index_t take(bool front) {
+        for (auto now = left.load(std::memory_order_relaxed);;) {
+          const auto first = now >> 32, last = now & 0xffffffff;
+          if (first >= last) return -1;
+          const auto next = front ? now + (std::uint64_t{1} << 32) : now - 1;
+          if (left.compare_exchange_weak(now, next, std::memory_order_relaxed)) return static_cast<index_t>(front ? first : last - 1);
+        }
+      }
     };
     const body& f;
     index_t n, grain, shares;
@@ -63,22 +78,17 @@ class parallel_executor final : public executor {
 
     loop(const body& f_, index_t n_, index_t grain_, index_t shares_) : f(f_), n(n_), grain(grain_), shares(shares_) {
       const index_t pieces = (n + grain - 1) / grain;
-      for (index_t s = 0; s < shares; ++s) {
-        of[s].next.store(pieces * s / shares, std::memory_order_relaxed);
-        of[s].last.store(pieces * (s + 1) / shares, std::memory_order_relaxed);
-      }
+      for (index_t s = 0; s < shares; ++s) of[s].set(pieces * s / shares, pieces * (s + 1) / shares);
     }
     void work(index_t worker) {
       for (index_t i = 0; i < shares; ++i) {
         share& s = of[(worker + i) % shares];
-        for (;;) {
-          const index_t piece = s.next.fetch_add(1, std::memory_order_relaxed);
-          if (piece >= s.last.load(std::memory_order_relaxed)) break;
+        for (index_t piece = s.take(i == 0); piece >= 0; piece = s.take(i == 0)) {
           try {
             f(piece * grain, std::min(n, (piece + 1) * grain));
           } catch (...) {
             if (!failed.test_and_set()) error = std::current_exception();
-            for (index_t other = 0; other < shares; ++other) of[other].last.store(0, std::memory_order_relaxed);  // nobody starts another piece
+            for (index_t other = 0; other < shares; ++other) of[other].set(0, 0);  // nobody starts another piece
           }
         }
       }

@@ -111,11 +111,14 @@ void scatter_add(picks<S> p, matrix_view<const S> dy, row_gradient<S>& g, const 
   if (sorted.segments == 0) return;
 
   // Merge with the rows that g has. An output row is an old one (or none) plus the picks of one segment (or none).
-  const index_t old = g.count(), touched = sorted.segments;
-  const scratch<std::int32_t> from(ctx, old + touched), segment(ctx, old + touched);
+  const index_t old = g.count(), touched = sorted.segments, most = old == 0 ? 0 : old + touched;
+  // An empty g needs no such plan: the other workers would have to fetch it.
+  const scratch<std::int32_t> from(ctx, most), segment(ctx, most);
   g.spare_rows.resize(static_cast<std::size_t>(old + touched));
   index_t count = 0;
-  for (index_t i = 0, s = 0; i < old || s < touched; ++count) {
+  if (old == 0)
+    for (; count < touched; ++count) g.spare_rows[static_cast<std::size_t>(count)] = sorted.row(count);
+  for (index_t i = 0, s = 0; old > 0 && (i < old || s < touched); ++count) {
     const slot_t a = i < old ? g.rows[static_cast<std::size_t>(i)] : std::numeric_limits<slot_t>::max();
     const slot_t b = s < touched ? sorted.row(s) : std::numeric_limits<slot_t>::max();
     g.spare_rows[static_cast<std::size_t>(count)] = std::min(a, b);
@@ -132,8 +135,9 @@ void scatter_add(picks<S> p, matrix_view<const S> dy, row_gradient<S>& g, const 
   ctx.exec->run(count * blocks, 16 * blocks, [&](index_t first, index_t last) {
     for (index_t item = first; item < last; ++item) {
       const index_t r = item / blocks, c = item % blocks * detail::sum_columns<S>;
-      if (in_place && segment[r] < 0) continue;
-      sorted.sum(segment[r], dy.slice_cols(c, std::min(detail::sum_columns<S>, D - c)), from[r] < 0 ? nullptr : g.storage.data() + from[r] * D + c,
+      const index_t added = old == 0 ? r : segment[r], before = old == 0 ? -1 : from[r];
+      if (in_place && added < 0) continue;
+      sorted.sum(added, dy.slice_cols(c, std::min(detail::sum_columns<S>, D - c)), before < 0 ? nullptr : g.storage.data() + before * D + c,
                  target.data() + r * D + c, stream);
     }
     detail::stream_fence();
