@@ -62,23 +62,13 @@ tables::table make(const tables::options& o) {
     std::vector<double> bits;
     index_t parameters = 0;
     for (index_t seed = 0; seed < seeds; ++seed, ++done) {
-      const auto share = [&](double part) {
-        return (static_cast<double>(done) + part) / static_cast<double>(static_cast<index_t>(all.size()) * seeds);
-      };
       auto model = make_model(a.r, a.shared, o.seed + static_cast<std::uint64_t>(seed));
       parameters = count_parameters(model);
-      optimiser_config settings{.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}};
-      if (!a.shared) settings.groups.push_back({.pattern = "*mixing", .rate = 0, .weight_decay = 0});
-      optimiser<real> adam(settings);
-      auto like = make_gradient(model);
-      adam.prepare(model, like);
-      const learning_rate_schedule schedule{
-          .learning_rate = 3e-3, .warmup_steps = std::min<index_t>(50, steps), .total_steps = steps, .final_ratio = 0.05};
-      compressed::train(model, data, T, steps, 8, 1000 + o.seed + static_cast<std::uint64_t>(seed), ctx, [&](index_t step, auto& gradient) {
-        clip_by_global_norm(model, gradient, 1, ctx);
-        adam.step(model, gradient, schedule(step), ctx);
+      compressed::fit_options how{.steps = steps, .warmup = 50, .rate = 3e-3, .seed = 1000 + o.seed + static_cast<std::uint64_t>(seed)};
+      if (!a.shared) how.groups.push_back({.pattern = "*mixing", .rate = 0, .weight_decay = 0});
+      compressed::fit(model, data, T, how, ctx, [&](double part) {
         tables::progress(concat(a.shared ? "collaborative" : "plain", ", width ", a.r, ", seed ", seed),
-                         share(static_cast<double>(step) / static_cast<double>(steps)));
+                         (static_cast<double>(done) + part) / static_cast<double>(static_cast<index_t>(all.size()) * seeds));
       });
       bits.push_back(compressed::bits_per_byte(model, data, T, pieces, ctx));
     }

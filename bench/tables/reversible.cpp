@@ -49,15 +49,8 @@ struct outcome {
 
 template <class Model>
 outcome train(Model& model, const corpus& data, index_t steps, std::uint64_t seed, const context& ctx, const std::function<void(double)>& tell) {
-  optimiser<real> adam(optimiser_config{.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
-  const learning_rate_schedule schedule{
-      .learning_rate = 3e-3, .warmup_steps = std::min<index_t>(50, steps), .total_steps = steps, .final_ratio = 0.05};
   const double begin = tables::now();
-  compressed::train(model, data, T, steps, batch, seed, ctx, [&](index_t step, auto& gradient) {
-    clip_by_global_norm(model, gradient, 1, ctx);
-    adam.step(model, gradient, schedule(step), ctx);
-    tell(static_cast<double>(step) / static_cast<double>(steps));
-  });
+  compressed::fit(model, data, T, {.steps = steps, .warmup = 50, .rate = 3e-3, .seed = seed}, ctx, tell);
   const double seconds = tables::now() - begin;
   record_of<Model> record;
   matrix<real> logits(T, byte_values);

@@ -2,6 +2,8 @@
 
 // The model of train_language_model with collaborative heads, or with fewer heads, and what it takes to compare them.
 
+#include <functional>
+
 #include "trainer.hpp"
 
 namespace compressed {
@@ -99,15 +101,25 @@ void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch
   }
 }
 
-inline void fine_tune(model& m, const corpus& data, index_t T, index_t steps, double rate, const lithe::context& ctx) {
-  lithe::optimiser<real> adam(lithe::optimiser_config{.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
-  auto like = lithe::make_gradient(m);
-  adam.prepare(m, like);
-  const lithe::learning_rate_schedule schedule{
-      .learning_rate = rate, .warmup_steps = std::min<index_t>(20, steps), .total_steps = steps, .final_ratio = 0.05};
-  train(m, data, T, steps, 8, 77, ctx, [&](index_t step, auto& gradient) {
+struct fit_options {
+  index_t steps = 0, warmup = 20;
+  double rate = 3e-4;
+  std::uint64_t seed = 77;
+  std::vector<lithe::parameter_group> groups{{.pattern = "*bias", .weight_decay = 0}};
+};
+
+/// AdamW with clipped gradients over batches of 8; the rate warms up and falls to a twentieth. tell(share of the steps) as it goes.
+template <class Model>
+void fit(
+    Model& m, const corpus& data, index_t T, const fit_options& o, const lithe::context& ctx,
+    const std::function<void(double)>& tell = [](double) {}) {
+  lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = o.groups});
+  const lithe::learning_rate_schedule rate{
+      .learning_rate = o.rate, .warmup_steps = std::min(o.warmup, o.steps), .total_steps = o.steps, .final_ratio = 0.05};
+  train(m, data, T, o.steps, 8, o.seed, ctx, [&](index_t step, auto& gradient) {
     lithe::clip_by_global_norm(m, gradient, 1, ctx);
-    adam.step(m, gradient, schedule(step), ctx);
+    adam.step(m, gradient, rate(step), ctx);
+    tell(static_cast<double>(step) / static_cast<double>(o.steps));
   });
 }
 

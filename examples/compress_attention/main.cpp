@@ -69,7 +69,7 @@ void report(const std::string& name, compressed::model m, double error, const co
   const double before = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
   const double flops = lithe::cost_of(m, c.context).flops;
   const double decode = compressed::decode_time(m, data, c.context, ctx);
-  compressed::fine_tune(m, data, c.context, s.fine_tune_steps, s.fine_tune_rate, ctx);
+  compressed::fit(m, data, c.context, {.steps = s.fine_tune_steps, .rate = s.fine_tune_rate}, ctx);
   const double after = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
   std::printf("%-26s %8.4f %12td %12.0f %12td %10.1f %10.3f %10.3f\n", name.c_str(), error, size.parameters, flops / 1000, 4 * size.cached, decode,
               before, after);
@@ -94,7 +94,7 @@ int run(const settings& s) {
   } else {
     std::printf("no model given: training one for %td steps\n", s.train_steps);
     std::fflush(stdout);
-    compressed::fine_tune(model, data, c.context, s.train_steps, 3e-3, ctx);
+    compressed::fit(model, data, c.context, {.steps = s.train_steps, .rate = 3e-3}, ctx);
   }
 
   // The paper's figure.
@@ -149,7 +149,7 @@ int run(const settings& s) {
       report(concat(name, ", r = ", rank), small, error, data, c, s, ctx);
       if (!s.save.empty() && fraction == s.save_fraction && method == decomposition_method::alternating) {
         compressed::model tuned = small;
-        compressed::fine_tune(tuned, data, c.context, s.fine_tune_steps, s.fine_tune_rate, ctx);
+        compressed::fit(tuned, data, c.context, {.steps = s.fine_tune_steps, .rate = s.fine_tune_rate}, ctx);
         save_model(s.save, tuned, {{"config", config_text(c)}, {"key_width", std::to_string(rank)}});
         std::printf("saved %s\n", s.save.c_str());
       }
