@@ -9,7 +9,7 @@ into the cache folder if the system has only the reference BLAS), and ONNX Runti
 onnxruntime-node` into the cache folder. A peer that is missing leaves its column empty and says why.
 
 --builds also builds lithe_bench for x86-64-v3 (AVX2) and with Eigen's path alone, and adds their columns. --memory compares peak
-memory instead.
+memory instead, --long the cores of LSH and of exact causal attention over length.
 """
 import argparse
 import json
@@ -44,6 +44,8 @@ CASES = {
     "attention/lsh_layer/length:16384/rounds:8": ("token", 12, 0, 0),
     "language_model/train/layers:3/features:128": ("token", 4, 0, 0),
 }
+LONG = {4096: 1, 8192: None, 16384: 5, 65536: 18, 262144: None}  # length: target ratio of exact attention to LSH attention
+ONNX_LONGEST = 16384  # its scores take 4 GiB there
 MEMORY_CASES = ["attention/lsh_layer/length:4096/rounds:8", "attention/lsh_layer/length:16384/rounds:8"]
 LIMITS = ["limit/gemm", "limit/stream", "limit/random_rows/cols:1024"]
 BUILDS = {"AVX2": "-O3 -march=x86-64-v3 -DNDEBUG", "Eigen": "-O3 -march=native -DLITHE_EIGEN_KERNELS -DNDEBUG"}
@@ -171,6 +173,24 @@ def print_memory(bench, torch):
         print(f"| {case} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.1f} |", flush=True)
 
 
+def print_long(bench, onnx, rounds):
+    """LSH attention with 8 rounds against the better exact attention; the longest one is left out, it takes minutes."""
+    samples = {length: [] for length in LONG}
+    for _ in range(rounds):
+        for length in LONG:
+            exact = f"attention/exact_causal/length:{length}"
+            samples[length].append([bench.measure(f"attention/lsh/length:{length}/rounds:8"), bench.measure(exact) if length < max(LONG) else None,
+                                    onnx.measure(exact) if length <= ONNX_LONGEST else None])
+    onnx.close()
+    rows = [["length", "LSH us a token", "exact", "ONNX Runtime", "ratio", "target", ""]]
+    for length, target in LONG.items():
+        ratio = median([min(x for x in exact if x is not None) / ours for ours, *exact in samples[length] if ours and any(exact)])
+        verdict = "below target" if target is not None and ratio < target else ""
+        rows.append([str(length), *(text(median(column)) for column in zip(*samples[length])), text(ratio), text(target), verdict])
+    print(f"ONNX Runtime: {'none: ' + onnx.missing if onnx.missing else onnx.version}")
+    print_table(rows)
+
+
 def build_variants(threads, seconds):
     benches = {}
     for name, flags in BUILDS.items():
@@ -227,6 +247,7 @@ def main():
     options.add_argument("--bench", type=pathlib.Path, default=ROOT / "build/release/bench/lithe_bench", help="our program")
     options.add_argument("--builds", action="store_true", help="also build and time the AVX2 and the Eigen-only kernels")
     options.add_argument("--memory", action="store_true", help="the peak memory of long attention instead of times")
+    options.add_argument("--long", action="store_true", help="LSH against exact attention over length")
     options.add_argument("--cases", default="", help="regular expression: only these")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=0.5, help="time for a case, side and round")
@@ -244,6 +265,8 @@ def main():
 
     if options.memory:
         return print_memory(benches["Lithe"], peers["PyTorch"])
+    if options.long:
+        return print_long(benches["Lithe"], peers["ONNX Runtime"], options.rounds)
     cases = [c for c in CASES if re.search(options.cases, c)]
     samples, limits = {c: [] for c in cases}, {c: [] for c in LIMITS}
     for number in range(options.rounds):

@@ -114,9 +114,9 @@ def main():
         feed_forward(folder / f"feed_forward_{tokens}.onnx", tokens)
     gather_sum(folder / "gather_sum.onnx", 512)
     top_k(folder / "top_k.onnx", 512 * 2 * HEADS)
-    for length in (4096, 8192):
+    for length in (4096, 8192, 16384):
         attention(folder / f"attention_causal_{length}.onnx", length, True)
-        attention(folder / f"attention_bidirectional_{length}.onnx", length, False)
+    attention(folder / "attention_bidirectional_8192.onnx", 8192, False)
 
 
 if __name__ == "__main__":
