@@ -118,13 +118,14 @@ void scatter_add(picks<S> p, matrix_view<const S> dy, row_gradient<S>& g, const 
   index_t count = 0;
   if (old == 0)
     for (; count < touched; ++count) g.spare_rows[static_cast<std::size_t>(count)] = sorted.row(count);
-  for (index_t i = 0, s = 0; old > 0 && (i < old || s < touched); ++count) {
-    const slot_t a = i < old ? g.rows[static_cast<std::size_t>(i)] : std::numeric_limits<slot_t>::max();
-    const slot_t b = s < touched ? sorted.row(s) : std::numeric_limits<slot_t>::max();
-    g.spare_rows[static_cast<std::size_t>(count)] = std::min(a, b);
-    from[count] = a <= b ? static_cast<std::int32_t>(i++) : -1;
-    segment[count] = b <= a ? static_cast<std::int32_t>(s++) : -1;
-  }
+  else
+    for (index_t i = 0, s = 0; i < old || s < touched; ++count) {
+      const slot_t a = i < old ? g.rows[static_cast<std::size_t>(i)] : std::numeric_limits<slot_t>::max();
+      const slot_t b = s < touched ? sorted.row(s) : std::numeric_limits<slot_t>::max();
+      g.spare_rows[static_cast<std::size_t>(count)] = std::min(a, b);
+      from[count] = a <= b ? static_cast<std::int32_t>(i++) : -1;
+      segment[count] = b <= a ? static_cast<std::int32_t>(s++) : -1;
+    }
   g.spare_rows.resize(static_cast<std::size_t>(count));
   const bool in_place = count == old;
   auto& target = in_place || old == 0 ? g.storage : g.spare_storage;
