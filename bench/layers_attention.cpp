@@ -78,17 +78,14 @@ void layer_causal(benchmark::State& state) {
   time_forward(state, layer, x, run.ctx, 4 * features * features * 4);
 }
 
-void cases(benchmark::internal::Benchmark* b, std::vector<index_t> lengths) {
+void cases(benchmark::internal::Benchmark* b, const std::vector<index_t>& lengths, const std::vector<index_t>& workers = {1, 2}) {
   b->ArgNames({"length", "workers"})->UseRealTime()->Unit(benchmark::kMillisecond);
   for (const index_t length : lengths)
-    for (const index_t workers : {1, 2}) b->Args({length, workers});
+    for (const index_t w : workers) b->Args({length, w});
 }
 BENCHMARK(exact<true>)->Name("attention/exact_causal")->Apply([](auto* b) { cases(b, {512, 2048, 8192}); });
 // Beside LSH attention; the longest takes minutes.
-BENCHMARK(exact<true>)->Name("attention/exact_causal")->Apply([](auto* b) {
-  b->ArgNames({"length", "workers"})->UseRealTime()->Unit(benchmark::kMillisecond);
-  for (const index_t length : {4096, 16384, 65536, 262144}) b->Args({length, 2});
-});
+BENCHMARK(exact<true>)->Name("attention/exact_causal")->Apply([](auto* b) { cases(b, {4096, 16384, 65536, 262144}, {2}); });
 BENCHMARK(exact<false>)->Name("attention/exact_bidirectional")->Apply([](auto* b) { cases(b, {512, 2048, 8192}); });
 BENCHMARK(exact_backward<true>)->Name("attention/exact_causal_backward")->Apply([](auto* b) { cases(b, {512, 2048}); });
 BENCHMARK(naive<true>)->Name("attention/naive_causal")->Apply([](auto* b) { cases(b, {512, 2048, 8192}); });

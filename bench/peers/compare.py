@@ -184,9 +184,8 @@ def print_long(bench, onnx, rounds):
     onnx.close()
     rows = [["length", "LSH us a token", "exact", "ONNX Runtime", "ratio", "target", ""]]
     for length, target in LONG.items():
-        ratio = median([min(x for x in exact if x is not None) / ours for ours, *exact in samples[length] if ours and any(exact)])
-        verdict = "below target" if target is not None and ratio < target else ""
-        rows.append([str(length), *(text(median(column)) for column in zip(*samples[length])), text(ratio), text(target), verdict])
+        ratio = advantage(samples[length])
+        rows.append([str(length), *(text(median(column)) for column in zip(*samples[length])), text(ratio), text(target), verdict(ratio, target)])
     print(f"ONNX Runtime: {'none: ' + onnx.missing if onnx.missing else onnx.version}")
     print_table(rows)
 
@@ -214,24 +213,28 @@ def median(values):
     return statistics.median(values) if values else None
 
 
+def advantage(rounds):
+    """The median over rounds [ours, *others] of how many times as fast as the best of the others we are, or None."""
+    return median([min(x for x in others if x is not None) / ours for ours, *others in rounds if ours is not None and any(others)])
+
+
+def verdict(ratio, target):
+    if ratio is None:
+        return ""
+    return "PEER WINS" if ratio < 1 else "" if target is None or ratio >= target else "below target"
+
+
 def row(case, samples, names, limits):
     """The line of a case; the first of `names` is ours."""
     unit, target, flops, row_bytes = CASES[case]
     ours, peers = names[0], ["PyTorch", "ONNX Runtime"]
-    ratios = []
-    for sample in samples:
-        against = [sample[p] for p in peers if sample[p] is not None]
-        if against and sample[ours] is not None:
-            ratios.append(min(against) / sample[ours])
-    ratio, verdict = median(ratios), ""
-    if ratio is not None:
-        verdict = "PEER WINS" if ratio < 1 else "" if target is None or ratio >= target else "below target"
+    ratio = advantage([[s[ours], *(s[p] for p in peers)] for s in samples])
     share, mine = "-", median([s[ours] for s in samples])
     if mine is not None and (flops or row_bytes) and limits["limit/gemm"] and limits["limit/random_rows/cols:1024"]:
         least = flops / limits["limit/gemm"] * 1e-3 + row_bytes / limits["limit/random_rows/cols:1024"] * 1e-3
         share = f"{100 * least / mine:.0f} %"
     columns = [text(median([s[n] for s in samples])) for n in names + peers]
-    return [case, f"us a {unit}", *columns, text(ratio), "-" if target is None else text(target), share, verdict]
+    return [case, f"us a {unit}", *columns, text(ratio), text(target), share, verdict(ratio, target)]
 
 
 def print_table(rows):

@@ -47,8 +47,8 @@ tables::table make(const tables::options& o) {
   const index_t steps = o.pick<index_t>(3, 400, 2000), seeds = o.pick<index_t>(2, 5, 5), pieces = o.pick<index_t>(4, 100, 300);
   tables::table t{.title = "Key width, shared or divided among the heads",
                   .source = "arXiv 2006.16362, first version, table 2",
-                  .question = concat(steps, " steps of 8 x ", T, " bytes of the bundled text, ", layers, " layers of ", H, " heads, ", seeds,
-                                     " seeds: held-out bits per byte."),
+                  .question = concat(steps, " steps of ", compressed::batch, " x ", T, " bytes of the bundled text, ", layers, " layers of ", H,
+                                     " heads, ", seeds, " seeds: held-out bits per byte."),
                   .columns = {"heads", "key width", "bits per byte", "deviation", "parameters"},
                   .figures = {{.title = "Held-out bits per byte", .x = "key width", .y = "bits per byte", .by = "heads", .log_x = true}}};
   struct run {

@@ -6,7 +6,9 @@ namespace {
 
 using namespace lithe;
 
-constexpr index_t D = 128, H = 4, T = 256, batch = 8;
+using compressed::batch;
+
+constexpr index_t D = 128, H = 4, T = 256;
 
 using attending = pre_norm<attention<real>>;
 using feeding = pre_norm<feed_forward<real>>;

@@ -101,6 +101,8 @@ void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch
   }
 }
 
+inline constexpr index_t batch = 8;  // pieces of text in a step of `fit`
+
 struct fit_options {
   index_t steps = 0, warmup = 20;
   double rate = 3e-4;
@@ -108,7 +110,7 @@ struct fit_options {
   std::vector<lithe::parameter_group> groups{{.pattern = "*bias", .weight_decay = 0}};
 };
 
-/// AdamW with clipped gradients over batches of 8; the rate warms up and falls to a twentieth. tell(share of the steps) as it goes.
+/// AdamW with clipped gradients over batches; the rate warms up and falls to a twentieth. tell(share of the steps) as it goes.
 template <class Model>
 void fit(
     Model& m, const corpus& data, index_t T, const fit_options& o, const lithe::context& ctx,
@@ -116,7 +118,7 @@ void fit(
   lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = o.groups});
   const lithe::learning_rate_schedule rate{
       .learning_rate = o.rate, .warmup_steps = std::min(o.warmup, o.steps), .total_steps = o.steps, .final_ratio = 0.05};
-  train(m, data, T, o.steps, 8, o.seed, ctx, [&](index_t step, auto& gradient) {
+  train(m, data, T, o.steps, batch, o.seed, ctx, [&](index_t step, auto& gradient) {
     lithe::clip_by_global_norm(m, gradient, 1, ctx);
     adam.step(m, gradient, rate(step), ctx);
     tell(static_cast<double>(step) / static_cast<double>(o.steps));
