@@ -40,7 +40,7 @@ class executor {
 
   /// How many threads may run pieces of one loop at the same time.
   [[nodiscard]] virtual index_t workers() const { return 1; }
-  /// The number of the calling thread, below `workers()`; 0 outside of loops.
+  /// Who asks: 0 outside of loops and in loops that run where they were called, else one of 1 to `workers()`.
   [[nodiscard]] virtual index_t worker() const { return 0; }
   /// Calls body(first, last) once for each piece [0, grain), [grain, 2 grain), ... of [0, n). The first exception that a piece
   /// throws reaches the caller. May be called from inside a body: the inner loop then runs on that worker alone.

@@ -31,7 +31,10 @@ class parallel_executor final : public executor {
   ~parallel_executor() override { closing_.store(true, std::memory_order_relaxed); }
 
   [[nodiscard]] index_t workers() const override { return workers_; }
-  [[nodiscard]] index_t worker() const override { return pool_.CurrentThreadId() + 1; }
+  [[nodiscard]] index_t worker() const override {
+    if (const index_t helper = pool_.CurrentThreadId(); helper >= 0) return helper + 2;
+    return caller_.load(std::memory_order_relaxed) == std::this_thread::get_id() ? 1 : 0;  // other threads may call layers meanwhile
+  }
 
   void run(index_t n, index_t grain, body f) const override {
     if (n <= 0) return;
@@ -40,7 +43,9 @@ class parallel_executor final : public executor {
       return executor::run(n, grain, f);
     loop now(f, n, grain, std::min(workers_, most_shares));
     open(now);
-    now.work(worker());
+    caller_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+    now.work(0);
+    caller_.store({}, std::memory_order_relaxed);
     close();
     busy_.clear(std::memory_order_release);
     if (now.error) std::rethrow_exception(now.error);
@@ -80,9 +85,9 @@ class parallel_executor final : public executor {
       const index_t pieces = (n + grain - 1) / grain;
       for (index_t s = 0; s < shares; ++s) of[s].set(pieces * s / shares, pieces * (s + 1) / shares);
     }
-    void work(index_t worker) {
+    void work(index_t own) {
       for (index_t i = 0; i < shares; ++i) {
-        share& s = of[(worker + i) % shares];
+        share& s = of[(own + i) % shares];
         for (index_t piece = s.take(i == 0); piece >= 0; piece = s.take(i == 0)) {
           try {
             f(piece * grain, std::min(n, (piece + 1) * grain));
@@ -131,7 +136,7 @@ class parallel_executor final : public executor {
     // Eigen runs a task on the scheduling thread when its queue is full; the caller must not help itself.
     for (int idle = 0; worker() != 0 && idle <= linger_ && !closing_.load(std::memory_order_relaxed);) {
       if (enter()) {
-        loop_.load(std::memory_order_relaxed)->work(worker());
+        loop_.load(std::memory_order_relaxed)->work(worker() - 1);
         state_.fetch_sub(2, std::memory_order_release);
         idle = 0;
         if (linger_ == 0) break;
@@ -145,6 +150,7 @@ class parallel_executor final : public executor {
   index_t workers_;
   int linger_;
   mutable std::atomic_flag busy_{};  // one loop at a time is shared out; not a mutex, because the owner may ask again
+  mutable std::atomic<std::thread::id> caller_{};  // while it works on a loop
   mutable std::atomic<loop*> loop_{nullptr};
   mutable std::atomic<index_t> state_{0};
   mutable std::atomic<index_t> awake_{0};  // helpers scheduled or running

@@ -86,6 +86,18 @@ TEST(executor, two_callers_share_one_executor) {
   EXPECT_EQ(n, 2 * 200 * 8);
 }
 
+TEST(executor, numbers_its_workers_in_loops_and_nobody_outside) {
+  const parallel_executor exec(3);
+  exec.run(64, 1, [&](index_t, index_t) {
+    const index_t here = exec.worker();
+    EXPECT_TRUE(1 <= here && here <= 3) << here;
+    exec.run(4, 1, [&](index_t, index_t) { EXPECT_EQ(exec.worker(), here); });
+    std::thread([&] { EXPECT_EQ(exec.worker(), 0); }).join();
+  });
+  EXPECT_EQ(exec.worker(), 0);
+  exec.run(1, 1, [&](index_t, index_t) { EXPECT_EQ(exec.worker(), 0) << "a loop of one piece runs where it was called"; });
+}
+
 TEST(executor, refuses_no_workers) { EXPECT_THROW(parallel_executor(0), config_error); }
 
 }  // namespace executor_tests
