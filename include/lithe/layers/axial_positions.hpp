@@ -95,16 +95,20 @@ struct axial_positions {
     });
   }
 
-  [[nodiscard]] cache make_cache(index_t slots, index_t) const { return {std::vector<index_t>(static_cast<std::size_t>(slots), 0)}; }
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {who, slots, capacity}; }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     const scratch<index_t> at(ctx, x.rows());
     find_positions(x.rows(), at.span(), &c, ctx);
     add_positions(x, y, at.span(), ctx);
     c.advance(x.rows(), ctx);
   }
-  void fill(matrix_view<const S> x, cache& c, const context& ctx) const { c.advance(x.rows(), ctx); }
-  void truncate(cache& c, index_t slot, index_t length) const { c.truncate(slot, length); }
-  void permute(cache& c, std::span<const index_t> order) const { c.permute(order); }
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    const scratch<index_t> at(ctx, x.rows());
+    find_positions(x.rows(), at.span(), &c, ctx);
+    c.advance(x.rows(), ctx);
+  }
+  void truncate(cache& c, index_t slot, index_t length) const { c.truncate(who, slot, length); }
+  void permute(cache& c, std::span<const index_t> order) const { c.permute(who, order); }
 
   [[nodiscard]] cost forward_cost(index_t) const {
     double n = 0;
@@ -155,7 +159,7 @@ struct axial_positions {
       }
     });
   }
-  void find_positions(index_t T, std::span<index_t> at, const cache* c, const context& ctx) const {
+  void find_positions(index_t T, std::span<index_t> at, cache* c, const context& ctx) const {
     detail::find_positions(who, T, c, ctx, at, [&](index_t n) {
       require<index_error>(n <= positions(), who, ": a sequence of ", n, " tokens is longer than the grid of ", positions(), " positions");
     });

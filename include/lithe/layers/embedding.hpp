@@ -62,16 +62,20 @@ struct embedding {
     scatter_add<S>({at.span(), ones.span(), 1}, dy, g.position, ctx);
   }
 
-  [[nodiscard]] cache make_cache(index_t slots, index_t) const { return {std::vector<index_t>(static_cast<std::size_t>(slots), 0)}; }
+  [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {"embedding", slots, capacity}; }
   void decode(input_type ids, matrix_view<S> y, cache& c, const context& ctx) const {
     const scratch<slot_t> at(ctx, output_shape(ids).rows);
     find_positions(ids, at.span(), &c, ctx);
     look_up(ids, at.span(), y, ctx);
     c.advance(output_shape(ids).rows, ctx);
   }
-  void fill(input_type ids, cache& c, const context& ctx) const { c.advance(output_shape(ids).rows, ctx); }
-  void truncate(cache& c, index_t slot, index_t length) const { c.truncate(slot, length); }
-  void permute(cache& c, std::span<const index_t> order) const { c.permute(order); }
+  void fill(input_type ids, cache& c, const context& ctx) const {
+    const scratch<slot_t> at(ctx, output_shape(ids).rows);
+    find_positions(ids, at.span(), &c, ctx);
+    c.advance(output_shape(ids).rows, ctx);
+  }
+  void truncate(cache& c, index_t slot, index_t length) const { c.truncate("embedding", slot, length); }
+  void permute(cache& c, std::span<const index_t> order) const { c.permute("embedding", order); }
 
   [[nodiscard]] cost forward_cost(index_t) const {
     const double row = static_cast<double>(weight.cols()), tables = position.rows() > 0 ? 2 : 1;
@@ -84,7 +88,7 @@ struct embedding {
   }
 
  private:
-  void find_positions(input_type ids, std::span<slot_t> at, const cache* c, const context& ctx) const {
+  void find_positions(input_type ids, std::span<slot_t> at, cache* c, const context& ctx) const {
     detail::find_positions("embedding", output_shape(ids).rows, c, ctx, at, [&](index_t n) {
       require<index_error>(position.rows() == 0 || n <= position.rows(), "embedding: a sequence of ", n, " tokens is longer than the ", position.rows(),
                            " learned positions");

@@ -129,7 +129,7 @@ TEST(axial_positions, same_bits_for_any_number_of_workers) {
 TEST(axial_positions, decoding_goes_on_where_the_slot_stands) {
   const axial_positions<double> l(grid({3, 4}, {2, 5}), rng_key{1});
   const matrix<double> x = random(12, 7, 2), full = run(l, x, {});
-  auto cache = l.make_cache(2, 12);
+  auto cache = l.make_cache(2, 13);
   matrix<double> y(12, 7);
   const std::vector<index_t> slot{1};
   const context ctx{.slots = slot};
@@ -142,7 +142,7 @@ TEST(axial_positions, decoding_goes_on_where_the_slot_stands) {
   EXPECT_EQ(y, full);
   EXPECT_THROW(next(0, 1), index_error);
   l.permute(cache, std::vector<index_t>{1, 0});
-  EXPECT_EQ(cache.lengths, (offsets{12, 0}));
+  EXPECT_EQ(cache.length, (offsets{12, 0}));
 }
 
 TEST(axial_positions, refuses_what_does_not_fit) {
