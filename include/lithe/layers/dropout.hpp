@@ -6,9 +6,9 @@
 
 namespace lithe::inline LITHE_ABI {
 
-/// Throws config_error unless 0 <= rate < 1.
+/// Throws config_error unless 0 <= rate <= 1.
 inline double checked_rate(const char* who, double rate) {
-  require<config_error>(rate >= 0 && rate < 1, who, ": expected a dropout rate in [0, 1), got ", rate);
+  require<config_error>(rate >= 0 && rate <= 1, who, ": expected a dropout rate in [0, 1], got ", rate);
   return rate;
 }
 

@@ -501,7 +501,7 @@ TEST(collaborative_attention, refuses_what_does_not_fit) {
   EXPECT_THROW(make({.inputs = 8, .heads = 2, .outputs = 4, .projected = false}), config_error);
   EXPECT_THROW(make({.inputs = 8, .heads = 2, .scale = -1}), config_error);
   EXPECT_THROW(make({.inputs = 8, .heads = 2, .scale = std::numeric_limits<double>::quiet_NaN()}), config_error);
-  EXPECT_THROW(make({.inputs = 8, .heads = 2, .dropout = 1}), config_error);
+  EXPECT_THROW(make({.inputs = 8, .heads = 2, .dropout = 1.1}), config_error);
   EXPECT_THROW(collaborative_cross({.inputs = 8, .heads = 2, .causal = true}, 4, rng_key{1}), config_error);
   EXPECT_THROW(static_cast<void>(make_mixing<float>(mixing_start::normal, 0, 3, rng_key{})), config_error);
   EXPECT_THROW(static_cast<void>(make_mixing<float>(mixing_start::normal, 3, 0, rng_key{})), config_error);

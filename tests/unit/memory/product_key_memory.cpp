@@ -478,7 +478,7 @@ TEST(product_key_memory, bad_configurations_are_refused_in_a_sentence) {
   EXPECT_EQ(message([](auto& c) { c.query.source = query_source::identity; }),
             "query network: identity queries need key_width = inputs, got 8 and 12");
   EXPECT_EQ(message([](auto& c) { c.sub_keys = 50000; }), "product_key_memory: expected fewer than 2^31 slots, got 2500000000");
-  EXPECT_EQ(message([](auto& c) { c.input_dropout = 1; }), "product_key_memory: expected a dropout rate in [0, 1), got 1");
+  EXPECT_EQ(message([](auto& c) { c.input_dropout = 2; }), "product_key_memory: expected a dropout rate in [0, 1], got 2");
   const memory m(small(), {5});
   matrix<double> y(3, 10);
   EXPECT_THROW(m.forward(input(3, 11), y, {}), shape_error);

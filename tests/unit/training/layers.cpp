@@ -183,7 +183,15 @@ TEST(dropout, drops_a_share_and_keeps_the_mean) {
   EXPECT_FALSE(output_of(l, x, other) == y);
   EXPECT_TRUE(output_of(l, x, training()) == y);
   expect_gradients(l, random_matrix(6, 11));
-  EXPECT_THROW(dropout<double>(1.0), config_error);
+  const dropout<double> all(1.0);
+  dropout<double>::record r;
+  dropout<double>::gradient g;
+  matrix<double> z(100, 101), dx(100, 101);
+  all.forward(x, z, r, training());
+  all.backward(x, r, x, dx, g, training());
+  EXPECT_EQ(z.norm(), 0);
+  EXPECT_EQ(dx.norm(), 0);
+  for (const double rate : {-0.1, 1.1}) EXPECT_THROW((void)dropout<double>(rate), config_error);
 }
 
 TEST(feed_forward, gradients_plain_gated_and_chunked) {
@@ -237,11 +245,29 @@ TEST(embedding, decoding_goes_on_where_the_slot_stands) {
   const std::vector<token_t> ids{3, 1, 8, 0};
   matrix<double> whole(4, 4), parts(4, 4);
   l.forward(ids, whole, {});
-  auto cache = l.make_cache(1, 5);
+  auto cache = l.make_cache(1, 6);
   l.decode(std::span(ids).first(3), matrix_view<double>(parts).slice_rows(0, 3), cache, {});
   l.decode(std::span(ids).last(1), matrix_view<double>(parts).slice_rows(3, 1), cache, {});
   EXPECT_TRUE(whole == parts);
   EXPECT_THROW(l.decode(std::span(ids).first(2), matrix_view<double>(parts).slice_rows(0, 2), cache, {}), index_error);
+}
+
+TEST(embedding, a_refused_decode_changes_nothing) {
+  const embedding<double> l({.tokens = 9, .features = 4}, {1});
+  auto cache = l.make_cache(2, 3);
+  const std::vector<token_t> ids{3, 1, 8, 0};
+  matrix<double> y(4, 4);
+  const std::vector<index_t> rows{0, 0, 4}, one{1}, outside{2}, twice{1, 1};
+  EXPECT_THROW(l.decode(ids, y, cache, {.rows = {rows}}), state_error);
+  EXPECT_THROW(l.fill(ids, cache, {.slots = one}), state_error);
+  EXPECT_THROW(l.decode(ids, y, cache, {.slots = outside}), index_error);
+  EXPECT_THROW(l.decode(ids, y, cache, {.rows = {rows}, .slots = one}), shape_error);
+  EXPECT_THROW(l.decode(ids, y, cache, {.rows = {rows}, .slots = twice}), state_error);
+  EXPECT_THROW(l.truncate(cache, 2, 0), index_error);
+  EXPECT_THROW(l.truncate(cache, 0, 1), index_error);
+  EXPECT_THROW(l.permute(cache, outside), shape_error);
+  EXPECT_THROW(l.permute(cache, std::vector<index_t>{0, 2}), index_error);
+  EXPECT_EQ(cache.length, (std::vector<index_t>{0, 0}));
 }
 
 TEST(embedding, refuses_foreign_tokens) {
