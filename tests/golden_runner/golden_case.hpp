@@ -7,6 +7,7 @@
 
 #include "lithe/io/safetensors.hpp"
 #include "lithe/kernels/hashing.hpp"
+#include "lithe/layers/attention/local_attention.hpp"
 #include "lithe/layers/linear.hpp"
 
 namespace golden {
@@ -30,6 +31,23 @@ inline bucket_factors factors(const nlohmann::json& j) {
   if (j.is_number()) return {j.get<index_t>()};
   const auto list = j.get<std::vector<index_t>>();
   return bucket_factors(std::span<const index_t>(list));
+}
+
+/// Whether a query's window holds no key that it may see. The reference's double softmax of scores of -1e9 is then off by 1e-8.
+inline bool sees_nothing(const local_attention_config& c, std::span<const std::uint8_t> mask, index_t sequences, index_t length) {
+  if (mask.empty()) return false;
+  const index_t chunk = length <= c.chunk ? length : c.chunk, chunks = length / chunk;
+  for (index_t s = 0; s < sequences; ++s)
+    for (index_t t = 0; t < length; ++t) {
+      bool any = false;
+      for (index_t at = chunks == 1 ? 0 : -c.before; at <= (chunks == 1 ? 0 : c.after); ++at)
+        for (index_t j = 0; j < chunk; ++j) {
+          const index_t key = ((t / chunk + at) % chunks + chunks) % chunks * chunk + j;
+          any = any || (mask[static_cast<std::size_t>(s * length + key)] != 0 && (!c.causal || key <= t));
+        }
+      if (!any) return true;
+    }
+  return false;
 }
 
 /// One golden file, and what was compared with it so far. Errors are max |ours - file| / max |file| over a tensor; tensors that are zero

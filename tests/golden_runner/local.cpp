@@ -8,23 +8,6 @@ namespace golden {
 
 namespace {
 
-/// Whether a query's window holds no key that it may see. The reference's double softmax of scores of -1e9 is then off by 1e-8.
-bool sees_nothing(const local_attention_config& c, const std::vector<std::uint8_t>& mask, index_t sequences, index_t length) {
-  if (mask.empty()) return false;
-  const index_t chunk = length <= c.chunk ? length : c.chunk, chunks = length / chunk;
-  for (index_t s = 0; s < sequences; ++s)
-    for (index_t t = 0; t < length; ++t) {
-      bool any = false;
-      for (index_t at = chunks == 1 ? 0 : -c.before; at <= (chunks == 1 ? 0 : c.after); ++at)
-        for (index_t j = 0; j < chunk; ++j) {
-          const index_t key = ((t / chunk + at) % chunks + chunks) % chunks * chunk + j;
-          any = any || (mask[static_cast<std::size_t>(s * length + key)] != 0 && (!c.causal || key <= t));
-        }
-      if (!any) return true;
-    }
-  return false;
-}
-
 /// random.rotations [H, D, R, N] as the layer has its directions: [H R N x D].
 template <class S>
 matrix<S> directions(const golden_case<S>& c) {

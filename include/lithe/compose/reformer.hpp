@@ -76,7 +76,7 @@ template <std::floating_point S>
     reformer_feed_forward<S> feed(norm(c.features), std::move(inner), c.dropout);
     if (c.layers[i] == reformer_layer::local) {
       local_attention<S> a({.inputs = c.features, .heads = c.heads, .head_width = c.head_width, .chunk = c.local_chunk, .before = c.local_before,
-                            .after = c.local_after, .causal = c.causal, .dropout = c.local_dropout}, k);
+                            .after = c.local_after, .causal = c.causal, .pad_to = reformer_padding(c), .dropout = c.local_dropout}, k);
       std::uint64_t n = 2;
       for (linear<S>* l : {&a.query, &a.key, &a.value, &a.output}) set_normal(*l, k.child(n++));
       m.blocks.blocks.emplace_back(reformer_local_block<S>({norm(c.features), std::move(a), c.dropout}, std::move(feed), c.feed_forward_chunk));

@@ -371,18 +371,42 @@ TEST(reformer, fused_attention_in_reverse_equals_the_stored_stack) {
 }
 
 TEST(reformer, filling_up_with_hidden_tokens_changes_no_token) {
-  auto c = small();
-  c.dropout = c.local_dropout = 0;
-  const auto m = make_reformer<double>(c, {1});
-  const sentence text({0, 13});
-  matrix<double> ragged(13, 11), filled(16, 11);
-  m.forward(text.ids, ragged, {});
-  auto ids = text.ids;
-  ids.resize(16, 0);
-  std::vector<std::uint8_t> mask(16, 1);
-  std::fill(mask.begin() + 13, mask.end(), std::uint8_t{0});
-  m.forward(ids, filled, {.mask = mask});
-  EXPECT_LT((filled.topRows(13) - ragged).cwiseAbs().maxCoeff(), 1e-12);
+  for (const bool causal : {true, false})
+    for (const index_t lsh_chunk : {4, 16})
+      for (const index_t n : {5, 13}) {
+        auto c = small();
+        c.dropout = c.local_dropout = 0;
+        c.causal = causal;
+        c.lsh_chunk = lsh_chunk;
+        const auto m = make_reformer<double>(c, {1});
+        const sentence text({0, n});
+        matrix<double> ragged(n, 11), filled(16, 11);
+        m.forward(text.ids, ragged, {});
+        auto ids = text.ids;
+        ids.resize(16, 0);
+        std::vector<std::uint8_t> mask(16, 1);
+        std::fill(mask.begin() + n, mask.end(), std::uint8_t{0});
+        // The published model fills 5 tokens up to 8 if that is whole chunks.
+        const index_t whole = (n + reformer_padding(c) - 1) / reformer_padding(c) * reformer_padding(c);
+        m.forward(std::span(ids).first(static_cast<std::size_t>(whole)), view(filled).slice_rows(0, whole),
+                  {.mask = std::span<const std::uint8_t>(mask).first(static_cast<std::size_t>(whole))});
+        EXPECT_LT((filled.topRows(n) - ragged).cwiseAbs().maxCoeff(), 1e-12) << causal << lsh_chunk << n;
+      }
+}
+
+TEST(reformer, a_refused_decode_changes_nothing) {
+  const auto m = make_reformer<double>(small(), {1});
+  const sentence text({0, 9});
+  auto cache = m.make_cache(1, 8), straight = m.make_cache(1, 8);
+  matrix<double> y(9, 11), z(9, 11);
+  m.decode(std::span(text.ids).first(6), view(y).slice_rows(0, 6), cache, {});
+  EXPECT_THROW(m.decode(std::span(text.ids).last(3), view(y).slice_rows(6, 3), cache, {}), state_error);
+  EXPECT_THROW(m.fill(std::span(text.ids).last(3), cache, {}), state_error);
+  EXPECT_THROW(m.decode(std::span(text.ids).last(1), view(y).slice_rows(8, 1), cache, {.slots = std::vector<index_t>{1}}), index_error);
+  m.decode(std::span(text.ids).subspan(6, 2), view(y).slice_rows(6, 2), cache, {});
+  m.decode(std::span(text.ids).first(6), view(z).slice_rows(0, 6), straight, {});
+  m.decode(std::span(text.ids).subspan(6, 2), view(z).slice_rows(6, 2), straight, {});
+  EXPECT_EQ(y.topRows(8), z.topRows(8));
 }
 
 TEST(reformer, sequences_longer_than_the_grid_and_tokens_outside_the_vocabulary_are_refused) {

@@ -15,6 +15,7 @@ struct local_attention_config {
   index_t before = 1, after = 0;  ///< chunks seen beside a query's own
   bool causal = false;
   bool circular = true;               ///< the first chunk sees the last one, as in the public models; else chunks that are not there are left out
+  index_t pad_to = 0;                 ///< sequences count as filled up to a multiple of so many tokens, itself one of `chunk`; 0: of `chunk`
   empty_row empty = empty_row::mean;  ///< what a query gives all of whose keys are padding or later
   double dropout = 0;                 ///< of the softmax weights
 };
@@ -26,8 +27,8 @@ struct local_attention_config {
 ///
 /// x [T x inputs], y [T x outputs], no biases. A window that wraps around more chunks than there are holds some of them twice, and each time
 /// counts; a sequence of up to m tokens is one window. Causal: no later position. Rows hidden by context::mask are no keys, but ask like
-/// all others, as in the public models: what they give is finite and means nothing. So padding a sequence on the right to whole chunks, as these
-/// models do, leaves the rows of its tokens as they are. Throws config_error, shape_error, state_error (a record of another call).
+/// all others, as in the public models: what they give is finite and means nothing. So padding a sequence on the right to a multiple of pad_to
+/// tokens, as these models do, leaves the rows of its tokens as they are. Throws config_error, shape_error, state_error (a record of another call).
 template <std::floating_point S>
 struct local_attention {
   using scalar = S;
@@ -152,6 +153,8 @@ struct local_attention {
                           " heads and a head_width of ", c.head_width);
     require<config_error>(c.chunk >= 1 && c.before >= 0 && c.after >= 0, who,
                           ": expected a chunk of at least 1 token, before and after of at least 0, got ", c.chunk, ", ", c.before, " and ", c.after);
+    if (c.pad_to == 0) c.pad_to = c.chunk;
+    require<config_error>(c.pad_to >= 1 && c.pad_to % c.chunk == 0, who, ": expected pad_to to be a multiple of the chunk ", c.chunk, ", got ", c.pad_to);
     if (c.head_width == 0) c.head_width = c.inputs / c.heads;
     if (c.outputs == 0) c.outputs = c.inputs;
     require<config_error>(c.outputs >= 1, who, ": expected at least 1 output, got ", c.outputs);
@@ -172,6 +175,7 @@ struct local_attention {
             .chunk = config.chunk,
             .before = config.before,
             .after = config.after,
+            .pad_to = config.pad_to,
             .scale = scale(),
             .causal = config.causal,
             .circular = config.circular,

@@ -42,6 +42,7 @@ struct local_windows {
   static constexpr index_t block = 8 * attention_queries;  // queries that share the packing of a tile of keys
 
   index_t heads, width, chunk, before, after;
+  index_t pad_to;  // the windows go around a sequence that is filled up to a multiple of so many tokens
   S scale;
   bool causal, circular, mean;
   double dropout = 0;
@@ -111,6 +112,7 @@ struct local_windows {
  private:
   struct sequence {
     index_t begin, length, chunk, chunks;
+    index_t around;  // chunks with those that filling up adds, which hold nothing
     [[nodiscard]] index_t end(index_t c) const { return std::min(length, (c + 1) * chunk); }
   };
   /// `count` queries of a chunk from `first` on; in backward so many chunks of keys.
@@ -128,7 +130,7 @@ struct local_windows {
     for (index_t s = 0; s < rows.count(); ++s) {
       const index_t begin = rows.begin(s), n = rows.end(s, T) - begin;
       // Up to one chunk: all see all, once.
-      if (n > 0) f(n <= chunk ? sequence{begin, n, n, 1} : sequence{begin, n, chunk, (n + chunk - 1) / chunk});
+      if (n > 0) f(n <= chunk ? sequence{begin, n, n, 1, 1} : sequence{begin, n, chunk, (n + chunk - 1) / chunk, (n + pad_to - 1) / pad_to * (pad_to / chunk)});
     }
   }
   [[nodiscard]] index_t longest(index_t T) const { return std::max<index_t>(1, std::min(chunk, T)); }
@@ -139,7 +141,7 @@ struct local_windows {
     if (s.chunks == 1) return f(index_t{0}, index_t{0}, s.length);
     for (index_t at = -before; at <= after;) {
       index_t from = c + at;
-      if (circular) from = (from % s.chunks + s.chunks) % s.chunks;
+      if (circular) from = (from % s.around + s.around) % s.around;
       if (from < 0 || from >= s.chunks) {
         ++at;
         continue;
@@ -222,7 +224,7 @@ struct local_windows {
     if (s.chunks == 1) return f(index_t{0}, index_t{0});
     for (index_t at = -before; at <= after; ++at) {
       index_t from = c - at;
-      if (circular) from = (from % s.chunks + s.chunks) % s.chunks;
+      if (circular) from = (from % s.around + s.around) % s.around;
       if (from >= 0 && from < s.chunks) f(from, (at + before) * s.chunk);
     }
   }
