@@ -82,7 +82,7 @@ struct bucket_case {
     for (index_t h = 0; h < heads; ++h) {
       const auto mine = lithe::view(q).slice_cols(h * width, width);
       lithe::key_scales<float>(lithe::key_norm::rms, mine, scales.row(h).data());
-      hash.draw("bench", h, 0, f, directions, run.ctx);
+      hash.draw("bench", h, heads, 0, f, directions, run.ctx);
       hash.hash(mine, directions, f, lithe::view(ids).slice_rows(h * windows.rounds, windows.rounds), run.ctx);
     }
     for (index_t i = 0; i < ids.rows(); ++i) {

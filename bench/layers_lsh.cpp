@@ -35,7 +35,7 @@ struct core {
     for (index_t h = 0; h < heads; ++h) {
       const auto part = view(q).slice_rows(h * length, length);
       lithe::key_scales<float>(options.norm, part, scales.row(h).data());
-      hash.draw("bench", h, 0, f, directions, run.ctx);
+      hash.draw("bench", h, heads, 0, f, directions, run.ctx);
       hash.hash(part, directions, f, view(ids).slice_rows(h * rounds, rounds), run.ctx);
     }
   }

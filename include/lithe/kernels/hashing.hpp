@@ -49,12 +49,13 @@ struct bucket_factors {
 
 /// The published ways to choose the number of buckets n for L tokens in chunks of m, L/m an integer division. `power_of_two` (Hugging Face):
 /// n = 2^⌊log2(2 L/m)⌋, above 2 max(⌊√(P/m)⌋, m) as {2^⌊e/2⌋, 2^⌈e/2⌉} with e = log2 n and P the most positions; `trax`: n = 2 max(1, L/m), above
-/// 128 as {v, 2 (n / 2v)} with v = 2^⌈log2 √n⌉; `two_per_chunk`: 2 L/m; `one_per_chunk`: L/m, rounded up to even.
+/// 128 as {v, 2 (n / 2v)} with v = 2^⌈log2 √n⌉; `two_per_chunk`: 2 L/m; `one_per_chunk`: L/m, rounded up to even. L/m above 32767 counts as that,
+/// so that `bucket_t` holds the ids.
 enum class bucket_rule { power_of_two, trax, two_per_chunk, one_per_chunk };
 
 /// The number of buckets by a rule. `most_positions` 0: L.
 [[nodiscard]] inline bucket_factors automatic_buckets(bucket_rule rule, index_t length, index_t chunk, index_t most_positions = 0) {
-  const index_t chunks = std::max<index_t>(1, length / chunk);
+  const index_t chunks = std::clamp<index_t>(length / chunk, 1, max_buckets / 2);
   switch (rule) {
     case bucket_rule::trax: {
       const index_t n = 2 * chunks;

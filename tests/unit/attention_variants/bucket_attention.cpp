@@ -291,8 +291,29 @@ TEST(bucket_attention, replay_and_external_ids_are_taken_as_they_are) {
   given.buckets.value = ids;
   external.forward(x, y, given, {});
   EXPECT_EQ(y, r.y);
-  given.buckets.value(1, 2) = 5;
-  EXPECT_THROW(external.forward(x, y, given, {}), index_error);
+  for (const int wrong : {4, 5}) {
+    given.buckets.value(1, 2) = static_cast<bucket_t>(wrong);
+    EXPECT_THROW(external.forward(x, y, given, {}), config_error);
+  }
+}
+
+TEST(bucket_attention, external_ids_of_padding_are_written_over) {
+  bucket_attention_config c = config(4, 2, true);
+  const bucket_attention<double> own(c, rng_key{3});
+  c.hash.family = hash_family::external;
+  const bucket_attention<double> external(c, rng_key{3});
+  const matrix<double> x = random(41, 12, 1);
+  bytes_mask mask(41, 1);
+  for (const std::size_t t : {0U, 5U, 6U, 39U}) mask[t] = 0;
+  const context ctx{.rows = {sequences}, .mask = mask};
+  const auto expected = run(own, x, ctx);
+  bucket_attention<double>::record given;
+  given.buckets.value = run(own, x, {.rows = {sequences}}).record.buckets.value;  // as if nobody were padding
+  given.buckets.value(0, 5) = 60000;
+  matrix<double> y(41, expected.y.cols());
+  external.forward(x, y, given, ctx);
+  EXPECT_EQ(given.buckets.value, expected.record.buckets.value);
+  EXPECT_EQ(y, expected.y);
 }
 
 TEST(bucket_attention, padding_is_no_key_and_gives_its_own_value) {
@@ -514,7 +535,7 @@ TEST(bucket_attention, refuses_what_does_not_fit) {
   EXPECT_THROW(make({.inputs = 8, .heads = 2}), config_error);  // no number of buckets
   EXPECT_THROW(make({.inputs = 8, .heads = 2, .hash = {.rounds = 0, .buckets = {4}}}), config_error);
   EXPECT_THROW(make({.inputs = 8, .heads = 2, .hash = {.buckets = {5}}}), config_error);
-  EXPECT_THROW(make({.inputs = 8, .heads = 2, .hash = {.buckets = {4}}, .dropout = 1}), config_error);
+  EXPECT_THROW(make({.inputs = 8, .heads = 2, .hash = {.buckets = {4}}, .dropout = 1.1}), config_error);
   const bucket_attention<float> l(config(4, 2, true), rng_key{1});
   matrix<float> x = random<float>(6, 12, 1), y(6, 12), narrow(6, 7), dx(6, 12);
   bucket_attention<float>::record r;

@@ -406,8 +406,12 @@ TEST(lsh_attention, external_ids) {
   EXPECT_THROW(l.forward(x, z, {}), state_error);
   lsh_attention<double>::record none;
   EXPECT_THROW(l.forward(x, z, none, {}), state_error);
-  given.buckets.value(0, 3) = 6;
-  EXPECT_THROW(l.forward(x, z, given, {}), std::invalid_argument);
+  const offsets rows{0, 20, 40};
+  for (const index_t t : {3, 33}) {
+    given.buckets = r.buckets;
+    given.buckets.value(0, t) = 6;
+    EXPECT_THROW(l.forward(x, z, given, {.rows = {rows}}), std::invalid_argument) << t;
+  }
   EXPECT_THROW((void)l.make_cache(1, 8), config_error);
 }
 
@@ -688,6 +692,60 @@ TEST(lsh_attention, short_decoding_equals_the_whole_pass_and_prefill_equals_forw
   EXPECT_LT(difference(prefill, whole), 1e-12);
 }
 
+// An imported model hashes sequences that its other layers make it fill up; one that began shorter it attends in full up to a chunk.
+TEST(lsh_attention, a_sequence_that_began_unhashed_is_attended_in_full_up_to_a_chunk) {
+  config c = small();
+  c.chunk = 8;
+  c.exact_up_to = 3;
+  const lsh_attention<double> l(c, rng_key{1});
+  c.exact_up_to = 8;
+  const lsh_attention<double> exact(c, rng_key{1});
+  const auto x = normal(9, 6, 2);
+  matrix<double> expected(8, 4), y(8, 4);
+  exact.forward(x.topRows(8), expected, {});
+  const std::vector<index_t> slot{1}, turned{1, 1};
+  for (const index_t begin : {1, 3, 4}) {
+    auto cache = l.make_cache(2, 9);
+    const context ctx{.slots = slot};
+    const auto next = [&](index_t first, index_t n) { l.decode(view(x).slice_rows(first, n), view(y).slice_rows(first, n), cache, ctx); };
+    next(0, begin);
+    l.permute(cache, turned);
+    for (index_t t = begin; t < 8; ++t) next(t, 1);
+    EXPECT_EQ(difference(y, expected) < 1e-12, begin <= 3) << begin;
+    l.truncate(cache, 1, 0);  // and begins again
+    next(0, 2);
+    for (index_t t = 2; t < 8; ++t) next(t, 1);
+    EXPECT_LT(difference(y, expected), 1e-12) << begin;
+  }
+}
+
+TEST(lsh_attention, padding_is_sorted_apart_or_hashed_as_it_comes) {
+  const auto x = normal(40, 6, 2);
+  std::vector<std::uint8_t> mask(40, 1);
+  for (const std::size_t t : {3U, 17U, 38U}) mask[t] = 0;
+  for (const bool apart : {true, false}) {
+    config c = lucidrains_lsh(small());
+    EXPECT_FALSE(c.padding_apart);
+    c.padding_apart = apart;
+    const lsh_attention<double> l(c, rng_key{1});
+    lsh_attention<double>::record all, r;
+    matrix<double> y(40, 4), z(40, 4);
+    l.forward(x, y, all, {});
+    l.forward(x, y, r, {.mask = mask});
+    for (index_t i = 0; i < r.buckets.value.rows(); ++i)
+      for (index_t t = 0; t < 40; ++t)
+        EXPECT_EQ(r.buckets.value(i, t), apart && mask[static_cast<std::size_t>(t)] == 0 ? 6 : all.buckets.value(i, t));
+    EXPECT_LT(difference(y, plain{l.config, r.buckets.value, {.mask = mask}}(l, x)), 1e-12);
+    matrix<double> other = x;
+    other.row(17).setConstant(3);  // not a key of anybody
+    l.forward(other, z, r, {.mask = mask, .replay = true});
+    for (index_t t = 0; t < 40; ++t)
+      if (t != 17) {
+        EXPECT_EQ(y.row(t), z.row(t)) << t;
+      }
+  }
+}
+
 TEST(lsh_attention, caches_are_filled_truncated_and_permuted) {
   const lsh_attention<double> l(small(), rng_key{1});
   const auto x = normal(50, 6, 2), other = normal(50, 6, 3);
@@ -765,8 +823,11 @@ TEST(lsh_attention, bad_options_and_inputs_are_errors) {
   EXPECT_THROW(l.backward(x, none, y, dx, g, {}), state_error);
   EXPECT_THROW(l.reverse(x, y, none, y, dx, g, {}), state_error);
   lsh_attention<double> given(small(), {});
-  given.hash.given = normal(7, 5, 1);
-  EXPECT_THROW(given.forward(x, y, {}), shape_error);
+  // 2 heads, 3 rounds and 3 directions are 18 rows; twice as many would be those of other rounds or buckets.
+  for (const index_t directions : {7, 9, 36}) {
+    given.hash.given = normal(directions, 5, 1);
+    EXPECT_THROW(given.forward(x, y, {}), shape_error) << directions;
+  }
 }
 
 TEST(lsh_attention, cost) {

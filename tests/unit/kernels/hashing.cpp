@@ -172,7 +172,11 @@ TEST(hashing, automatic_numbers_of_buckets) {
   EXPECT_EQ(automatic_buckets(power_of_two, 4096, 64, 4096), (bucket_factors{128}));     // the limit itself
   EXPECT_EQ(automatic_buckets(power_of_two, 16384, 64, 16384), (bucket_factors{16, 32}));
   EXPECT_EQ(automatic_buckets(power_of_two, 1 << 20, 64), (bucket_factors{128, 256}));
-  EXPECT_EQ(automatic_buckets(power_of_two, 1 << 20, 1), (bucket_factors{1 << 10, 1 << 11}));
+  EXPECT_EQ(automatic_buckets(power_of_two, 1 << 14, 1), (bucket_factors{1 << 7, 1 << 8}));
+  EXPECT_EQ(automatic_buckets(power_of_two, 1 << 21, 64), (bucket_factors{128, 256}));  // 2^16 would need longer ids
+  EXPECT_EQ(automatic_buckets(power_of_two, 1 << 20, 32), (bucket_factors{128, 256}));
+  for (const bucket_rule rule : {power_of_two, trax, two_per_chunk, one_per_chunk})
+    EXPECT_LE(automatic_buckets(rule, index_t{1} << 40, 16).total(), max_buckets);
   EXPECT_EQ(automatic_buckets(trax, 16, 64), (bucket_factors{2}));
   EXPECT_EQ(automatic_buckets(trax, 64 * 64, 64), (bucket_factors{128}));
   EXPECT_EQ(automatic_buckets(trax, 96 * 64, 64), (bucket_factors{16, 12}));

@@ -31,7 +31,7 @@ struct bucket_attention_config {
 /// `largest_bucket`. Memory is linear in T.
 ///
 /// Directions, replay and external ids are as in lsh_attention. Padding (context::mask) is no key; its own rows give their own values.
-/// Throws config_error, shape_error, index_error (external ids), state_error (a record without ids, or of another call).
+/// Throws config_error (external ids out of range, too), shape_error, state_error (a record without ids, or of another call).
 template <std::floating_point S>
 struct bucket_attention {
   using scalar = S;
@@ -74,14 +74,18 @@ struct bucket_attention {
     check(x, y, ctx);
     const index_t T = x.rows();
     auto& ids = r.buckets.value;
-    const bool keep = ctx.replay || config.hash.family == hash_family::external;
-    if (keep)
+    const bool external = config.hash.family == hash_family::external && !ctx.replay;
+    if (ctx.replay || external)
       check_ids(T, ids);
     else
       ids.resize(config.heads * config.hash.rounds, T);
+    if (external) {
+      hash.check_external(who, ids, buckets(), ctx.mask);
+      hash_padding(ctx.mask, buckets(), ids);
+    }
     r.context.resize(T, query_key.weight.rows());
     r.log_sum_exp.resize(config.heads, T);
-    run(x, y, ids, r.context, r.log_sum_exp, keep, ctx);
+    run(x, y, ids, r.context, r.log_sum_exp, ctx.replay || external, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     check(x, dy, ctx);
@@ -136,7 +140,7 @@ struct bucket_attention {
     cache c{key_value_cache<S>(who, slots, capacity, config.heads, config.head_width), {}, {}, {}, {}};
     const index_t N = directions();
     c.directions.resize(config.heads * N, config.head_width);
-    for (index_t h = 0; h < config.heads; ++h) hash.draw(who, h, 0, factors(), view(c.directions).slice_rows(h * N, N), {});
+    for (index_t h = 0; h < config.heads; ++h) hash.draw(who, h, config.heads, 0, factors(), view(c.directions).slice_rows(h * N, N), {});
     c.ids.resize(slots * config.heads * config.hash.rounds, capacity);
     c.previous.resize(c.ids.rows(), capacity);
     c.last.setConstant(c.ids.rows(), buckets(), -1);
@@ -250,8 +254,6 @@ struct bucket_attention {
   void check_ids(index_t T, const matrix<bucket_t>& ids) const {
     require<state_error>(ids.rows() == config.heads * config.hash.rounds && ids.cols() == T, who, ": expected the bucket ids of ",
                          config.heads * config.hash.rounds, " rounds and ", T, " tokens in the record, got ", to_text(ids.rows(), ids.cols()));
-    const bucket_t most = ids.size() == 0 ? bucket_t{0} : ids.maxCoeff();
-    require<index_error>(most <= buckets(), who, ": expected bucket ids below ", buckets(), " (or that, for padding), got ", most);
   }
   [[nodiscard]] detail::bucket_windows<S> windows(const context& ctx) const {
     return {.heads = config.heads,
@@ -290,7 +292,7 @@ struct bucket_attention {
     for (index_t h = 0; h < config.heads; ++h)
       for (index_t s = 0; s < (alone ? ctx.rows.count() : 1); ++s) {
         const index_t begin = alone ? ctx.rows.begin(s) : 0, n = (alone ? ctx.rows.end(s, T) : T) - begin;
-        hash.draw(who, h, s, factors(), drawn.view(), ctx);
+        hash.draw(who, h, config.heads, s, factors(), drawn.view(), ctx);
         hash.hash(q.slice_cols(h * d, d).slice_rows(begin, n), drawn.view(), factors(), ids.slice_rows(h * R, R).slice_cols(begin, n), ctx);
       }
     hash_padding(ctx.mask, buckets(), ids);

@@ -19,15 +19,16 @@ namespace lithe::inline LITHE_ABI {
 /// Padding (context::mask) is no key; its own rows are what the published models make of them, and their gradient counts.
 ///
 /// In training, directions are drawn from the context's key; in inference they are fixed. The record keeps the bucket ids, and backward and
-/// replay use these and never hash again. hash_family::external takes the ids that the caller left in the record.
+/// replay use these and never hash again. hash_family::external takes the ids that the caller left in the record, and writes those of padding and of
+/// exact sequences over.
 ///
-/// Throws config_error for options that cannot work, shape_error for matrices, segments, masks or directions that do not fit, index_error for
-/// external ids out of range, state_error for a record without ids or of another call.
+/// Throws config_error for options that cannot work and external ids out of range, shape_error for matrices, segments, masks or directions that do not
+/// fit, state_error for a record without ids or of another call.
 template <std::floating_point S>
 struct lsh_attention {
   using scalar = S;
   struct record {
-    kept<matrix<bucket_t>> buckets;  // [H R x T], without padding's extra bucket's tokens apart; 0 in exact sequences
+    kept<matrix<bucket_t>> buckets;  // [H R x T]; padding has the number of buckets, exact sequences have 0
     matrix<S> context;               // heads side by side [T x H D]
     matrix<S> maximum, sum;          // of the softmax over all rounds [H x T]
   };
@@ -189,6 +190,7 @@ struct lsh_attention {
       key_scales<S>(config.norm, part, scales.data());
       for (index_t s = 0; s < ctx.rows.count(); ++s) {
         const index_t i = ctx.rows.begin(s), count = ctx.rows.end(s, T) - i, slot = ctx.slot(s), at = c.tokens.tokens(slot);
+        if (at == 0) c.began_hashed(slot) = count > config.exact_up_to;
         std::copy_n(scales.data() + i, count, c.scales.row(c.head_row(slot, h)).data() + at);
         for (index_t r = 0; r < R; ++r) std::copy_n(ids.row(r) + i, count, c.ids.row(c.list_row(slot, h, r)).data() + at);
       }
@@ -243,11 +245,6 @@ struct lsh_attention {
       }
     });
   }
-  static void check_external(matrix_view<const bucket_t> ids, index_t buckets, index_t begin, const context& ctx) {
-    for (index_t r = 0; r < ids.rows(); ++r)
-      for (index_t t = 0; t < ids.cols(); ++t)
-        require<config_error>(ids(r, t) < buckets || !ctx.valid(begin + t), "lsh_attention: expected external bucket ids below ", buckets, ", got ", ids(r, t));
-  }
   // Neighbouring sequences with equally many buckets are hashed together.
   void choose(const heads_of& heads, matrix_view<bucket_t> ids, const context& ctx) const {
     const index_t R = config.hash.rounds, n = ctx.rows.count();
@@ -261,7 +258,6 @@ struct lsh_attention {
           continue;
         }
         const bucket_factors f = heads.buckets(one);
-        if (heads.hash.config.family == hash_family::external) check_external(rows.slice_cols(one.begin, one.length), f.total(), one.begin, ctx);
         index_t end = one.begin + one.length;
         for (; next < n && config.hash.sharing != direction_sharing::head_and_sequence; ++next) {
           const auto other = heads.find(next);
@@ -269,10 +265,12 @@ struct lsh_attention {
           end = other.begin + other.length;
         }
         const scratch<S> directions(ctx, R * heads.hash.directions(f), config.head_width);
-        heads.hash.draw("lsh_attention", heads.first + g, s, f, directions, ctx);
+        heads.hash.draw("lsh_attention", heads.first + g, config.heads, s, f, directions, ctx);
         const auto part = rows.slice_cols(one.begin, end - one.begin);
         heads.hash.hash(heads.q.slice_rows(g * heads.T + one.begin, end - one.begin), directions, f, part, ctx);
-        if (!ctx.mask.empty()) hash_padding(ctx.mask.subspan(static_cast<std::size_t>(one.begin), static_cast<std::size_t>(end - one.begin)), f.total(), part);
+        const auto mask = ctx.mask.empty() ? ctx.mask : ctx.mask.subspan(static_cast<std::size_t>(one.begin), static_cast<std::size_t>(end - one.begin));
+        if (heads.hash.config.family == hash_family::external) heads.hash.check_external("lsh_attention", part, f.total(), mask);
+        if (config.padding_apart) hash_padding(mask, f.total(), part);
       }
   }
 

@@ -13,8 +13,9 @@ struct lsh_cache {
   token_hash<S> hash;          ///< with buckets and directions fixed
   matrix<S> scales;            ///< of the keys, [(place, head) x capacity]
   matrix<bucket_t> ids;        ///< [(place, head, round) x capacity]
-  matrix<position_t> next;     ///< the token behind it in its bucket, or -1, [(place, head, round) x capacity]
+  matrix<position_t> next, previous;  ///< the tokens behind and before it in its bucket, or -1, [(place, head, round) x capacity]
   matrix<position_t> first, last, count;  ///< of each bucket, [(place, head, round) x buckets]
+  std::vector<std::uint8_t> hashed;  ///< of each place: whether its sequence began with more than `exact_up_to` tokens
 
   lsh_cache() = default;
   lsh_cache(const token_hash<S>& h, const lsh_attention_config& c, index_t slots, index_t capacity)
@@ -24,11 +25,13 @@ struct lsh_cache {
     const index_t n = c.hash.rounds * hash.directions(hash.config.buckets), lists = slots * c.heads * c.hash.rounds, buckets = hash.config.buckets.total();
     matrix<S> directions(c.heads * n, c.head_width);
     for (index_t head = 0; n != 0 && head < c.heads; ++head)
-      hash.draw("lsh_attention", head, 0, hash.config.buckets, view(directions).slice_rows(head * n, n), {});
+      hash.draw("lsh_attention", head, c.heads, 0, hash.config.buckets, view(directions).slice_rows(head * n, n), {});
     hash.given = std::move(directions);
     scales.resize(slots * c.heads, capacity);
     ids.resize(lists, capacity);
     next.resize(lists, capacity);
+    previous.resize(lists, capacity);
+    hashed.resize(static_cast<std::size_t>(slots));
     for (auto* m : {&first, &last, &count}) m->setZero(lists, buckets);
   }
 
@@ -38,27 +41,29 @@ struct lsh_cache {
   /// Puts token t, which is later than all of a list's, into its bucket.
   void link(index_t row, position_t t) {
     const bucket_t b = ids(row, t);
-    if (count(row, b)++ == 0)
-      first(row, b) = t;
-    else
-      next(row, last(row, b)) = t;
+    const bool alone = count(row, b)++ == 0;
+    previous(row, t) = alone ? -1 : last(row, b);
+    (alone ? first(row, b) : next(row, last(row, b))) = t;
     last(row, b) = t;
     next(row, t) = -1;
   }
+  [[nodiscard]] std::uint8_t& began_hashed(index_t slot) { return hashed[static_cast<std::size_t>(place(slot))]; }
+  [[nodiscard]] bool began_hashed(index_t slot) const { return hashed[static_cast<std::size_t>(place(slot))] != 0; }
   /// The rank of the newest token of a bucket in the order by (bucket, position).
   [[nodiscard]] index_t rank(index_t row, bucket_t b) const {
     index_t n = -1;
     for (index_t i = 0; i <= b; ++i) n += count(row, i);
     return n;
   }
-  /// f(token) for `n` ranks from `start` on, around the end.
+  /// f(token) for `n` ranks from `start` on, around the end. A bucket is entered from its nearer end: a window is near the end of the newest's.
   template <class F>
   void each_rank(index_t row, index_t start, index_t n, F&& f) const {
     if (n <= 0) return;
     index_t b = 0;
     for (; start >= count(row, b); ++b) start -= count(row, b);
-    position_t t = first(row, b);
-    for (; start > 0; --start) t = next(row, t);
+    const index_t behind = count(row, b) - 1 - start;
+    position_t t = start <= behind ? first(row, b) : last(row, b);
+    for (index_t i = 0; i < std::min(start, behind); ++i) t = start <= behind ? next(row, t) : previous(row, t);
     for (;; t = next(row, t)) {
       while (t < 0) {
         b = (b + 1) % count.cols();
@@ -83,6 +88,8 @@ struct lsh_cache {
       scales.block(to * H, 0, H, n) = scales.block(from * H, 0, H, n);
       ids.block(to * lists, 0, lists, n) = ids.block(from * lists, 0, lists, n);
       next.block(to * lists, 0, lists, n) = next.block(from * lists, 0, lists, n);
+      previous.block(to * lists, 0, lists, n) = previous.block(from * lists, 0, lists, n);
+      hashed[static_cast<std::size_t>(to)] = hashed[static_cast<std::size_t>(from)];
       for (auto* m : {&first, &last, &count}) m->middleRows(to * lists, lists) = m->middleRows(from * lists, lists);
     });
   }
@@ -94,11 +101,12 @@ struct lsh_cache {
 namespace detail {
 
 /// The newest linked token t of one head of a slot against those before it: per round the window around its rank (spec of the published
-/// decoder: ranks (p / m - before) m and the w m that follow, around the end of the order), or all tokens while there are few.
+/// decoder: ranks (p / m - before) m and the w m that follow, around the end of the order), or all tokens while there are few. A sequence that
+/// began with so few sees all of them up to a chunk.
 template <class S>
 void attend_cached(const lsh_attention_config& config, const lsh_cache<S>& c, index_t slot, index_t head, position_t t, S* o, const context& ctx) {
   const index_t R = config.hash.rounds, m = config.chunk, window = (config.before + 1 + config.after) * m, length = t + 1, d = config.head_width;
-  const bool exact = length <= config.exact_up_to;
+  const bool exact = length <= (c.began_hashed(slot) ? config.exact_up_to : std::max(config.exact_up_to, m));
   const index_t rounds = exact ? 1 : R, most = exact ? length : window;
   const matrix_view<const S> q = view(c.tokens.keys).slice_rows(c.tokens.row(slot, head), length), v = view(c.tokens.values).slice_rows(c.tokens.row(slot, head), length);
   const S* scales = c.scales.row(c.head_row(slot, head)).data();

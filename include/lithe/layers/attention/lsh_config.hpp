@@ -23,6 +23,7 @@ struct lsh_attention_config {
   mask_rule other_bucket{0, false};  ///< of keys in the window from another bucket; {0, false}: seen
   bool count_once = false;    ///< a key met N times over all rounds weighs as if met once (its scores lose log N)
   round_merge merge = round_merge::softmax;
+  bool padding_apart = true;  ///< padding is sorted behind all buckets; else it is hashed as it comes, and only no key
   double dropout = 0, output_dropout = 0;  ///< of the weights, of y
 };
 
@@ -51,6 +52,7 @@ struct lsh_attention_config {
   c.hidden = {-std::numeric_limits<float>::max(), true};
   c.hash.sharing = direction_sharing::all;
   c.hash.rule = bucket_rule::one_per_chunk;
+  c.padding_apart = false;
   return c;
 }
 

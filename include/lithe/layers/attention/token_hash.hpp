@@ -50,13 +50,14 @@ struct token_hash {
     return config.family == hash_family::sign ? static_cast<index_t>(std::bit_width(static_cast<std::uint64_t>(f.total()))) - 1 : 0;
   }
 
-  /// The directions of a head in a sequence, to [R N x D]; all heads and sequences may have the same.
-  void draw(const char* who, index_t head, index_t sequence, const bucket_factors& f, matrix_view<S> to, const context& ctx) const {
+  /// The directions of one of `heads` in a sequence, to [R N x D]; all heads and sequences may have the same. Throws shape_error if those given
+  /// are not for so many heads, rounds and buckets.
+  void draw(const char* who, index_t head, index_t heads, index_t sequence, const bucket_factors& f, matrix_view<S> to, const context& ctx) const {
     const index_t n = config.rounds * directions(f);
     LITHE_ASSERT(to.rows() == n);
     if (given.size() != 0) {
-      require<shape_error>(given.rows() >= (head + 1) * n && given.rows() % n == 0 && given.cols() == to.cols(), who, ": expected given directions of ", n,
-                           " rows a head and ", to.cols(), " columns, got ", to_text(given.rows(), given.cols()));
+      require<shape_error>(given.rows() == heads * n && given.cols() == to.cols(), who, ": expected given directions of ", heads, " heads with ", n,
+                           " rows each and ", to.cols(), " columns, got ", to_text(given.rows(), given.cols()));
       to.map() = given.middleRows(head * n, n);
       return;
     }
@@ -75,6 +76,13 @@ struct token_hash {
       for (index_t r = 0; r < ids.rows(); ++r) std::fill_n(ids.row(r), ids.cols(), bucket_t{0});
   }
 
+  /// Throws config_error unless the caller's ids [R x T] are below `buckets`; those of padding may be anything.
+  static void check_external(const char* who, matrix_view<const bucket_t> ids, index_t buckets, std::span<const std::uint8_t> mask) {
+    for (index_t r = 0; r < ids.rows(); ++r)
+      for (index_t t = 0; t < ids.cols(); ++t)
+        require<config_error>(ids(r, t) < buckets || (!mask.empty() && mask[static_cast<std::size_t>(t)] == 0), who,
+                              ": expected external bucket ids below ", buckets, ", got ", ids(r, t));
+  }
   void check(const char* who, const bucket_factors& f) const {
     require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected 1 to ", max_buckets, " buckets a round, got ", product_of(f));
     if (config.family == hash_family::rotation)
