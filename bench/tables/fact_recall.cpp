@@ -82,7 +82,9 @@ tables::table make(const tables::options& o) {
       const tables::facts::corpus known(subjects, key.child(0));
       learnt l{&c, seed, tables::facts::make_model({c.make(key.child(1))}, key.child(2)), 0, 0};
       const auto done = static_cast<double>(results.size()), of = static_cast<double>(all.size() * seeds);
-      tables::facts::learn(l.model, known, how, key.child(3), ctx,
+      tables::facts::training own = how;
+      if (c.name == "UltraMem") own.value_times = 4;  // its paper's
+      tables::facts::learn(l.model, known, own, key.child(3), ctx,
                            [&](double share) { tables::progress(concat(c.name, " ", c.rows), (done + share) / of); });
       l.parameters = count_parameters(l.model);
       prepack(l.model);

@@ -72,7 +72,9 @@ inline std::vector<summary_row> summarise(const std::vector<std::vector<table_ro
   std::vector<summary_row> out;
   const auto n = static_cast<double>(seeds.size());
   for (std::size_t i = 0; i < seeds[0].size(); ++i) {
-    summary_row s{{seeds[0][i].name, 0, 0, {}, {}}, 0};
+    summary_row s;
+    s.name = seeds[0][i].name;
+    s.share.resize(seeds[0][i].share.size());
     double least = 100, most = 0;
     for (const auto& rows : seeds) {
       const table_row& r = rows[i];
@@ -80,6 +82,8 @@ inline std::vector<summary_row> summarise(const std::vector<std::vector<table_ro
       most = std::max(most, r.error_rate);
       s.error_rate += r.error_rate / n;
       s.mean_exit += r.mean_exit / n;
+      s.kiloflops += r.kiloflops / n;
+      for (std::size_t k = 0; k < s.share.size(); ++k) s.share[k] += r.share[k] / n;
       for (std::size_t k = 0; k < 2; ++k) s.speed_up[k] += r.speed_up[k] / n, s.bound[k] += r.bound[k] / n;
     }
     s.spread = (most - least) / 2;

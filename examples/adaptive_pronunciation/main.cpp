@@ -48,11 +48,14 @@ int run(model_config c, const run_config& r) {
   lithe::workspace work(exec);
   const lithe::context ctx{.exec = &exec, .work = &work};
   const dictionary d(r.words);
+  bool with_heads = r.plan.exit_epochs > 0;
   if (!r.load.empty()) {
     const auto metadata = lithe::read_model_metadata(r.load);
     const auto found = metadata.find("config");
     lithe::require<lithe::io_error>(found != metadata.end(), r.load, ": expected a model saved by adaptive_pronunciation, found no configuration");
     c = nlohmann::json::parse(found->second).get<model_config>();
+    const auto trained = metadata.find("exit_heads");
+    with_heads = trained == metadata.end() || trained->second == "trained";
   }
   c.phones = std::ssize(d.phones);
   if (r.compare) {
@@ -64,9 +67,8 @@ int run(model_config c, const run_config& r) {
     lithe::load_model(r.load, model);
   else
     model = train_with_exits(train_trunk(d, c, r.plan, r.plan.mode, ctx), d, c, r.plan, ctx);
-  if (!r.save.empty()) lithe::save_model(r.save, model, {{"config", nlohmann::json(c).dump()}});
+  if (!r.save.empty()) lithe::save_model(r.save, model, {{"config", nlohmann::json(c).dump()}, {"exit_heads", with_heads ? "trained" : "untrained"}});
   lithe::prepack(model);
-  const bool with_heads = r.plan.exit_epochs > 0;
   const manner usual = usual_manner(c, with_heads);
   for (const auto& word : r.say) say(model, d, word, usual, ctx);
   if (!r.say.empty()) return 0;

@@ -9,8 +9,10 @@
 
 struct table_row {
   std::string name;
-  double error_rate, mean_exit;           ///< in %, in blocks
-  std::array<double, 2> speed_up, bound;  ///< at batch 1 and 32, over the whole stack; and what the time of a block alone would give
+  double error_rate = 0, mean_exit = 0;       ///< in %, in blocks
+  std::vector<double> share;                  ///< of the phones that leave after each block, in %
+  double kiloflops = 0;                       ///< of the decoder for a phone, by the paper's formula
+  std::array<double, 2> speed_up{}, bound{};  ///< at batch 1 and 32, over the whole stack; and what the time of a block alone would give
 };
 
 /// Measures a pronouncer's ways to speak and prints a row for each.
@@ -28,18 +30,24 @@ class table {
     }
   }
   static manner fixed(index_t n) { return {.rule = {.exits = {static_cast<std::int32_t>(n)}}}; }
-  static void print_head() { std::printf("\n%-50s %8s %9s %18s %18s\n", "exits", "PER %", "mean exit", "speed-up batch 1", "speed-up batch 32"); }
+  static void print_head() {
+    std::printf("\n%-50s %8s %9s %8s %18s %18s  %s\n", "exits", "PER %", "mean exit", "kFLOP", "speed-up batch 1", "speed-up batch 32",
+                "% of phones after each block");
+  }
 
   void add(const std::string& name, const manner& how) {
     const spoken all = speak(p_, d_.test, 32, how, ctx_);
     const double exit = all.mean_exit();
-    table_row r{name, 100 * all.error_rate(), exit, {}, {}};
+    table_row r{name, 100 * all.error_rate(), exit, std::vector<double>(static_cast<std::size_t>(p_.decoder.exits())), 0, {}, {}};
+    count(all, how, r);
     for (std::size_t i = 0; i < 2; ++i) {
       r.speed_up[i] = full[i] / best_time(how, i);
       r.bound[i] = full[i] / (exit * block_[i] + rest_[i]);
     }
-    std::printf("%-50s %8.2f %9.2f %8.2f (of %.2f) %8.2f (of %.2f)\n", name.c_str(), r.error_rate, r.mean_exit, r.speed_up[0], r.bound[0],
-                r.speed_up[1], r.bound[1]);
+    std::printf("%-50s %8.2f %9.2f %8.0f %8.2f (of %.2f) %8.2f (of %.2f) ", name.c_str(), r.error_rate, r.mean_exit, r.kiloflops, r.speed_up[0],
+                r.bound[0], r.speed_up[1], r.bound[1]);
+    for (const double x : r.share) std::printf(" %3.0f", x);
+    std::printf("\n");
     std::fflush(stdout);
     rows.push_back(std::move(r));
   }
@@ -48,6 +56,25 @@ class table {
   std::array<double, 2> full;  ///< seconds
 
  private:
+  /// Where phones left, and what that costs them; with drafts each step has an exit of its own and the formula does not apply.
+  void count(const spoken& all, const manner& how, table_row& r) const {
+    double phones = 0, flops = 0;
+    for (std::size_t w = 0; w < all.exits.size(); ++w) {
+      lithe::decoder_flops cost{.width = static_cast<double>(p_.decoder.features()),
+                                .inner = static_cast<double>(std::get<1>(p_.decoder.stack.blocks[0].feed.inner.layers).up.weight.rows()),
+                                .memory_length = static_cast<double>(d_.test[w].spelling.size()),
+                                .classes = static_cast<double>(d_.phones.size())};
+      cost.memory_width = cost.width;
+      for (const auto n : all.exits[w]) {
+        cost.length += 1;
+        flops += cost.token(how.rule.kind, n, p_.decoder.exits());
+        r.share[static_cast<std::size_t>(n - 1)] += 1;
+        phones += 1;
+      }
+    }
+    for (double& x : r.share) x *= 100 / phones;
+    r.kiloflops = how.drafts > 0 ? 0 : flops / phones / 1000;
+  }
   [[nodiscard]] double best_time(const manner& how, std::size_t i) const {
     const auto words = std::span<const entry>(d_.test).first(i == 0 ? 100 : 320);
     double best = 1e30;
@@ -105,6 +132,9 @@ inline std::vector<table_row> print_table(const pronouncer& p, const dictionary&
                                                            {"state saturation", exit_confidence::state}};
   for (const auto& [name, kind] : kinds)
     for (const double tau : {0.7, 0.9, 0.97}) add(lithe::concat(name, ", threshold ", tau), kind, {tau});
+  for (const double tau : {0.9, 0.97})
+    t.add(lithe::concat("top-two difference, threshold ", tau, " falling"),
+          {.rule = {.kind = exit_confidence::softmax_diff, .thresholds = {tau}, .decay = lithe::threshold_decay::paper, .longest = longest_answer}});
   t.add("top-two difference, threshold 0.9, whole batch",
         {.rule = {.kind = exit_confidence::softmax_diff, .thresholds = {0.9}, .whole_batch = true}});
   if (search > 0 && N > 1)
@@ -143,7 +173,8 @@ inline void write_results(const std::string& path, const std::string& model, std
   std::ofstream out(path, std::ios::app);
   lithe::require<lithe::io_error>(out.good(), path, ": cannot be written");
   for (const auto& r : rows)
-    out << nlohmann::json{{"model", model},           {"seed", seed},           {"exits", r.name}, {"phone_error_rate", r.error_rate},
-                          {"mean_exit", r.mean_exit}, {"speed_up", r.speed_up}, {"bound", r.bound}}
+    out << nlohmann::json{{"model", model},           {"seed", seed},     {"exits", r.name},          {"phone_error_rate", r.error_rate},
+                          {"mean_exit", r.mean_exit}, {"share", r.share}, {"kiloflops", r.kiloflops}, {"speed_up", r.speed_up},
+                          {"bound", r.bound}}
         << "\n";
 }

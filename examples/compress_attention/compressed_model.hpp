@@ -44,6 +44,15 @@ inline model make(const model& from, const lithe::decomposition_options& o, cons
   return to;
 }
 
+/// The model in a file of train_language_model, or of this program: `key_width` shared dimensions, 0 for separate heads.
+inline model read(const std::filesystem::path& path, const model_config& c, index_t key_width, const lithe::context& ctx) {
+  model m = widen(make_model(c));
+  double error = 0;
+  if (key_width > 0) m = make(m, {.rank = key_width, .method = lithe::decomposition_method::head_svd}, ctx, error);  // its shapes, for now
+  lithe::load_model(path, m);
+  return m;
+}
+
 /// f(attention layer, its gradient) for every attention of separate heads.
 template <class G, class F>
 void for_each_attention(model& m, G& gradient, F&& f) {

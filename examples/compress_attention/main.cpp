@@ -15,7 +15,8 @@
 namespace {
 
 struct settings {
-  std::string model, text = DEFAULT_TEXT, save, plot = "captured_variance.svg", json, import, output = "collaborative.safetensors";
+  std::string model, text = DEFAULT_TEXT, prompt = "And he said unto them, ", save, plot = "captured_variance.svg", json, import,
+                     output = "collaborative.safetensors";
   index_t train_steps = 600, fine_tune_steps = 100, pieces = 40, heads = 0, rank = 0, save_fraction = 4;
   double fine_tune_rate = 3e-4;
   int workers = 0;
@@ -62,6 +63,10 @@ int run_import(const settings& s, const lithe::context& ctx) {
   return 0;
 }
 
+void print_head() {
+  std::printf("\n%-26s %8s %12s %12s %12s %10s %10s %10s\n%-26s %8s %12s %12s %12s %10s %10s %10s\n", "model", "error", "parameters", "kFLOP",
+              "cached bytes", "decode", "bits/byte", "bits/byte", "", "", "of attention", "a token", "a token", "us/token", "at once", "fine-tuned");
+}
 /// One line of the table.
 void report(const std::string& name, compressed::model m, double error, const corpus& data, const model_config& c, const settings& s,
             const lithe::context& ctx) {
@@ -88,10 +93,17 @@ int run(const settings& s) {
   if (!s.model.empty()) c = read_config(s.model);
   require<config_error>(c.objective == "causal", s.model, ": expected a causal model, got a masked one");
   const corpus data(s.text, c.context);
-  compressed::model model = compressed::widen(make_model(c));
-  if (!s.model.empty()) {
-    load_model(s.model, model);
-  } else {
+  const auto metadata = s.model.empty() ? metadata_map{} : read_model_metadata(s.model);
+  const auto width = metadata.find("key_width");
+  compressed::model model =
+      s.model.empty() ? compressed::widen(make_model(c)) : compressed::read(s.model, c, width == metadata.end() ? 0 : std::stoll(width->second), ctx);
+  if (width != metadata.end()) {
+    print_head();
+    report(concat("collaborative, r = ", width->second), model, 0, data, c, s, ctx);
+    std::printf("\n%s\n", sample(model, c, s.prompt, 200, {.temperature = 0.8, .top_k = 20}, c.seed, ctx).c_str());
+    return 0;
+  }
+  if (s.model.empty()) {
     std::printf("no model given: training one for %td steps\n", s.train_steps);
     std::fflush(stdout);
     compressed::fit(model, data, c.context, {.steps = s.train_steps, .rate = 3e-3}, ctx);
@@ -130,8 +142,7 @@ int run(const settings& s) {
     });
   });
 
-  std::printf("\n%-26s %8s %12s %12s %12s %10s %10s %10s\n%-26s %8s %12s %12s %12s %10s %10s %10s\n", "model", "error", "parameters", "kFLOP",
-              "cached bytes", "decode", "bits/byte", "bits/byte", "", "", "of attention", "a token", "a token", "us/token", "at once", "fine-tuned");
+  print_head();
   report("separate heads", model, 0, data, c, s, ctx);
   for (const index_t fraction : {1, 2, 3, 4, 8}) {
     const index_t rank = std::max<index_t>(1, c.features / fraction);
@@ -180,7 +191,8 @@ int run(const settings& s) {
 int main(int argc, char** argv) {
   settings s;
   CLI::App app{"Re-parametrises trained attention with collaborative heads, beside truncated SVD and head pruning."};
-  app.add_option("model", s.model, "file saved by train_language_model (causal); without one a small model is trained");
+  app.add_option("model", s.model,
+                 "file saved by train_language_model (causal), or by this program: then it is only judged; without one a small model is trained");
   app.add_option("--text", s.text, "text file")->capture_default_str();
   app.add_option("--train-steps", s.train_steps, "steps of the small model")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--fine-tune", s.fine_tune_steps, "steps after compression")->check(CLI::NonNegativeNumber)->capture_default_str();
@@ -188,6 +200,7 @@ int main(int argc, char** argv) {
   app.add_option("--pieces", s.pieces, "held-out contexts to evaluate on")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--plot", s.plot, "SVG of the captured variance; empty for none")->capture_default_str();
   app.add_option("--json", s.json, "the same as JSON");
+  app.add_option("--prompt", s.prompt, "what a compressed model continues")->capture_default_str();
   app.add_option("--save", s.save, "file for the chosen compressed model, fine-tuned");
   app.add_option("--save-fraction", s.save_fraction, "which: features / this dimensions")
       ->check(CLI::IsMember({1, 2, 3, 4, 8}))

@@ -108,11 +108,12 @@ inline std::vector<token_t> read_text(const std::filesystem::path& path) {
 }
 
 /// Continues a prompt byte by byte; the model sees at most its context.
-inline std::string sample(const language_model& model, const model_config& c, const std::string& prompt, index_t length, const lithe::sampling& how,
+template <class Model>
+std::string sample(const Model& model, const model_config& c, const std::string& prompt, index_t length, const lithe::sampling& how,
                           std::uint64_t seed, const lithe::context& ctx) {
   std::vector<token_t> bytes;
   for (const char b : prompt.empty() ? std::string("\n") : prompt) bytes.push_back(static_cast<unsigned char>(b));
-  lithe::generator<language_model> g(model, {.capacity = c.context, .how = how});
+  lithe::generator<Model> g(model, {.capacity = c.context, .how = how});
   g.start({&bytes, 1}, lithe::rng_key{seed}, ctx);
   for (index_t i = 0; i < length; ++i) g.step(ctx);
   const auto text = g.text(0).subspan(bytes.size());

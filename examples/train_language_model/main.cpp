@@ -118,6 +118,9 @@ int main(int argc, char** argv) {
   app.add_option("--batch", r.training.batch, "sequences a step")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--rate", r.training.rate, "learning rate")->capture_default_str();
   app.add_option("--value-rate", r.training.value_rate, "learning rate of the memory's values")->capture_default_str();
+  app.add_option("--value-times", r.training.value_times, "what that is multiplied with at first, falling to 1; 0 = 4 for ultramem, else 1")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app.add_option("--workers", r.workers, "threads; 0 = all processors")->capture_default_str();
   app.add_option("--save", r.save, "file for the model and its training state, also on Ctrl-C");
   app.add_option("--resume", r.resume, "goes on from a saved file; the model is the file's");

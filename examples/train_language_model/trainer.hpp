@@ -13,7 +13,7 @@ inline double now() { return std::chrono::duration<double>(std::chrono::steady_c
 struct training_config {
   index_t steps = 1600, batch = 8, warmup = 100;
   double rate = 3e-3, value_rate = 1e-2, weight_decay = 0.01, clip = 1;
-  double value_times = 1;  ///< what value_rate is multiplied with at first; falls to 1
+  double value_times = 0;  ///< what value_rate is multiplied with at first, falling to 1; 0: 4 for ultramem, as its paper has it, else 1
 };
 
 /// A stretch of text for training and the last 5 % for evaluation.
@@ -92,8 +92,9 @@ struct trainer {
     model.backward(inputs, record, logits, lithe::nothing{}, gradient, ctx);
     lithe::clip_by_global_norm(model, gradient, r.clip, ctx);
     const lithe::learning_rate_schedule schedule{.learning_rate = r.rate, .warmup_steps = std::min(r.warmup, r.steps), .total_steps = r.steps, .final_ratio = 0.05};
+    const double times = r.value_times > 0 ? r.value_times : config.feed_forward == "ultramem" ? 4 : 1;
     for (lithe::parameter_group& g : adam.config.groups)
-      if (g.pattern == "*.values") g.rate = r.value_rate / r.rate * lithe::value_rate_schedule{.times = r.value_times, .total_steps = r.steps}(step);
+      if (g.pattern == "*.values") g.rate = r.value_rate / r.rate * lithe::value_rate_schedule{.times = times, .total_steps = r.steps}(step);
     adam.step(model, gradient, schedule(step), ctx);
     ++step;
     seconds += now() - begin;
