@@ -120,8 +120,8 @@ inline bool ignorable(memory_code code, const std::string& name, bool experts) {
 }  // namespace detail
 
 /// Loads a product-key memory from a published checkpoint: all tensors under `prefix` (also with "module." before it), by the names of
-/// `code`. All or nothing. Throws io_error for a missing tensor or another shape, and, unless strict is false, for a tensor under the
-/// prefix that the layer does not have. `values` = false leaves the tables alone (a pool that was loaded before).
+/// `code`. All or nothing. Throws io_error for a missing tensor or another shape, for head_permutations that are none, and, unless strict is
+/// false, for a tensor under the prefix that the layer does not have. `values` = false leaves the tables alone (a pool that was loaded before).
 template <std::floating_point S, class Table>
 void import_memory(memory_code code, const safetensors_file& file, std::string prefix, product_key_memory<S, Table>& layer, bool strict = true,
                    bool values = true) {
@@ -148,6 +148,14 @@ void import_memory(memory_code code, const safetensors_file& file, std::string p
     require<io_error>(!strict || !name.starts_with(prefix) || known.contains(name) ||
                           detail::ignorable(code, name.substr(prefix.size()), layer.config.readout.kind == memory_readout_kind::experts),
                       file.path().string(), ": tensor ", detail::quoted(name), ": the layer has no such tensor");
+  if (layer.permutation.size() != 0) {
+    const std::string shuffle = prefix + "head_permutations";
+    const auto order = file.template read<std::int64_t>(shuffle);
+    const auto slots = static_cast<std::size_t>(layer.keys.slots());
+    for (std::size_t first = 0; first < order.size(); first += slots)
+      detail::check_permutation<io_error>(std::span<const std::int64_t>(order).subspan(first, slots),
+                                          concat(file.path().string(), ": tensor ", detail::quoted(shuffle)));
+  }
 
   visit_public(
       code, layer,
@@ -169,9 +177,6 @@ void import_memory(memory_code code, const safetensors_file& file, std::string p
         }
       },
       layer);
-  for (index_t i = 0; i < layer.permutation.size(); ++i)
-    require<io_error>(layer.permutation.data()[i] >= 0 && layer.permutation.data()[i] < layer.keys.slots(), file.path().string(),
-                      ": head_permutations: expected slots below ", layer.keys.slots(), ", found ", layer.permutation.data()[i]);
   refresh(layer);
 }
 

@@ -94,7 +94,7 @@ class state_writer {
 };
 
 /// Reads what `state_writer` wrote, all or nothing: each `add` checks that the file holds such a tensor, of that shape and kind of
-/// number; `load` checks that the file holds nothing else; only then it writes. (A disk that fails while `load` reads is the exception:
+/// number, and of a layer's permutation that it is one; `load` checks that the file holds nothing else; only then it writes. (A disk that fails while `load` reads is the exception:
 /// the error then leaves the model partly loaded.) Training tensors may be there unasked if none of them is asked for.
 ///
 /// A matrix of one row may be stored as [cols] or [1, cols]. Throws io_error that names file, tensor, expected and found.
@@ -115,7 +115,12 @@ class state_reader {
 
   template <class L>
   void add_model(L& model) {
-    for_each_tensor([&](const std::string& name, role, auto& t) { add(name, t); }, model);
+    for_each_tensor(
+        [&](const std::string& name, role kind, auto& t) {
+          add(name, t);
+          if (kind == role::permutation) check_permutations(name, t);
+        },
+        model);
     writes_.emplace_back([&model] { refresh(model); });
   }
   /// What add_training wrote, under the same name; the state must have its shapes already.
@@ -167,6 +172,21 @@ class state_reader {
                       to_text(info.shape));
     require<io_error>(std::floating_point<N> ? is_floating(info.type) : info.type == dtype_of<N>, who, ": expected ",
                       std::floating_point<N> ? "floating-point numbers" : dtype_name(dtype_of<N>), ", found ", info.type_name);
+  }
+
+  /// Before anything is written: a layer's own `refresh` comes after it.
+  template <class T>
+  void check_permutations(const std::string& name, const T& t) const {
+    if constexpr (matrix_like<T>) {
+      using N = typename decltype(view(t))::scalar;
+      if constexpr (std::integral<N>) {
+        const auto numbers = file_.template read<N>(name);
+        const auto length = static_cast<std::size_t>(t.cols());
+        for (std::size_t first = 0; first < numbers.size(); first += length)
+          detail::check_permutation<io_error>(std::span<const N>(numbers).subspan(first, length),
+                                              concat(file_.path().string(), ": tensor ", detail::quoted(name)));
+      }
+    }
   }
 
   template <class T>

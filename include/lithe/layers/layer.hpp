@@ -19,8 +19,9 @@ struct shape {
 /// Stands where a layer has nothing to say: the input gradient of tokens, the cache of a position-wise layer.
 struct nothing {};
 
-/// What a walked tensor is: optimisers skip state, savers do not.
-enum class role { parameter, state };
+/// What a walked tensor is: optimisers skip state, savers do not. Of a permutation, which is state too, every row has the numbers from 0 to its
+/// length - 1 once each, and readers refuse one that has not: it says where memory is read.
+enum class role { parameter, state, permutation };
 
 /// The name of a field in `visit`, and its role.
 struct field {

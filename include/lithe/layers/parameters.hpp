@@ -18,6 +18,19 @@ namespace detail {
   return joined;
 }
 
+/// Throws `Error`, beginning with `who`, unless `order` has every number from 0 to its size - 1 once.
+template <class Error, class N>
+void check_permutation(std::span<const N> order, const std::string& who) {
+  const auto n = static_cast<std::int64_t>(order.size());
+  std::vector<bool> seen(order.size());
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const auto to = static_cast<std::int64_t>(order[i]);
+    require<Error>(to >= 0 && to < n, who, ": not a permutation: ", i, " goes to ", to, ", outside 0 .. ", n - 1);
+    require<Error>(!seen[static_cast<std::size_t>(to)], who, ": not a permutation: ", to, " comes twice, the second time at ", i);
+    seen[static_cast<std::size_t>(to)] = true;
+  }
+}
+
 }  // namespace detail
 
 /// Depth-first walk over a model and any number of structs of the same tree (gradients, copies) in lockstep: node(prefix, model,

@@ -41,7 +41,14 @@ void write_public(const std::filesystem::path& path, memory_code code, const mem
       m);
   if (!add.empty()) all[prefix + add] = {{1}, {0.0}};
   safetensors_writer file;
-  for (const auto& [name, tensor] : all) file.add<double>(name, tensor.first, tensor.second);
+  std::vector<std::int64_t> slots;  // lives until the write
+  for (const auto& [name, tensor] : all)
+    if (name.ends_with("head_permutations")) {
+      slots.assign(tensor.second.begin(), tensor.second.end());
+      file.add<std::int64_t>(name, tensor.first, slots);
+    } else {
+      file.add<double>(name, tensor.first, tensor.second);
+    }
   file.write(path);
 }
 
@@ -111,6 +118,26 @@ TEST(memory_checkpoints, missing_foreign_and_unknown_tensors_are_named_and_nothi
   write_public(file.path, memory_code::xlm, from, "a.", "", "surprise");
   EXPECT_EQ(message(false), "");
   EXPECT_NE(output_of(to), before);
+}
+
+TEST(memory_checkpoints, a_shuffle_that_is_no_permutation_is_named_and_nothing_is_loaded) {
+  const temporary_file file;
+  auto c = smaller(xlm_memory(10));
+  c.shuffle_slots = true;
+  memory to(c, {2});
+  const auto before = output_of(to);
+  for (const std::int64_t slot : {std::int64_t{-1}, std::int64_t{49}, std::int64_t{3}}) {
+    memory from(c, {1});
+    from.permutation(1, 7) = slot == 3 ? from.permutation(1, 3) : slot;
+    write_public(file.path, memory_code::xlm, from, "a.");
+    try {
+      import_memory(memory_code::xlm, safetensors_file(file.path), "a.", to);
+      ADD_FAILURE() << slot;
+    } catch (const io_error& e) {
+      EXPECT_TRUE(std::string(e.what()).starts_with(file.path.string() + ": tensor 'a.head_permutations': not a permutation: ")) << e.what();
+    }
+    EXPECT_EQ(output_of(to), before);
+  }
 }
 
 }  // namespace memory_checkpoints_tests

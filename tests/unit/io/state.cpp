@@ -5,6 +5,8 @@
 #include <fstream>
 
 #include "lithe/layers/linear.hpp"
+#include "lithe/layers/memory/product_key_memory.hpp"
+#include "lithe/layers/memory/ultra_mem.hpp"
 #include "lithe/layers/memory/value_table.hpp"
 #include "lithe/training/optimiser.hpp"
 
@@ -74,6 +76,8 @@ std::map<std::string, std::vector<double>> numbers_of(const M& m) {
         auto& v = all[name];
         if constexpr (requires { t.rows_of; })
           v.assign(t.rows_of->data(), t.rows_of->data() + t.rows_of->size());
+        else if constexpr (requires { t.view(); })
+          v.assign(t.view().data(), t.view().data() + t.rows() * t.cols());
         else
           v.assign(t.data(), t.data() + t.size());
       },
@@ -202,6 +206,40 @@ TEST_F(state, a_checkpoint_that_does_not_fit_changes_nothing) {
   expect_refused(file(), m, {"'third.weight'", "expected no tensor", "found shape [2, 2]"});
   load_model(file(), m, false);
   EXPECT_EQ(numbers_of(m), numbers_of(saved));
+}
+
+/// A number that is no slot, one number too high and a number that comes twice, in the last row of the permutation.
+template <class L, class Order>
+void expect_only_permutations_load(const fs::path& path, L m, const L& other, Order&& order, const std::string& name) {
+  const auto kept = order(other);
+  save_model(path, m);
+  L loaded = other;
+  load_model(path, loaded);
+  EXPECT_EQ(order(loaded), order(m));
+  const auto last = kept.rows() - 1;  // of a head, with product keys
+  const auto good = order(m)(last, 5);
+  for (const auto bad : {static_cast<decltype(good)>(-1), static_cast<decltype(good)>(kept.cols()), order(m)(last, 2)}) {
+    order(m)(last, 5) = bad;
+    save_model(path, m);
+    loaded = other;
+    try {
+      load_model(path, loaded);
+      ADD_FAILURE() << name << ": " << bad;
+    } catch (const io_error& e) {
+      EXPECT_TRUE(std::string(e.what()).starts_with(path.string() + ": tensor '" + name + "': not a permutation: ")) << e.what();
+    }
+    EXPECT_EQ(numbers_of(loaded), numbers_of(other));
+  }
+}
+
+TEST_F(state, a_permutation_that_is_none_changes_nothing) {
+  const product_key_memory_config keys{.inputs = 6, .heads = 2, .sub_keys = 4, .key_width = 4, .top_k = 2, .shuffle_slots = true};
+  expect_only_permutations_load(
+      file(), product_key_memory<float>(keys, {1}), product_key_memory<float>(keys, {2}), [](auto& m) -> auto& { return m.permutation; }, "permutation");
+  const ultra_mem_config ultra{.features = 6, .sub_keys = 4, .key_width = 4, .top_k = 2, .value_width = 4};
+  expect_only_permutations_load(
+      file(), ultra_mem<float>(ultra, {1}), ultra_mem<float>(ultra, {2}), [](auto& m) -> auto& { return m.expansion.permutation; },
+      "expansion.permutation");
 }
 
 TEST_F(state, an_unknown_format_is_refused) {

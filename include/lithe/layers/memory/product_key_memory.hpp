@@ -207,7 +207,7 @@ struct product_key_memory {
     f("rms_norm", s.rms...);
     f("query", s.query...);
     f("keys", s.keys...);
-    f(field("permutation", role::state), s.permutation...);
+    f(field("permutation", role::permutation), s.permutation...);
     f("values", s.values...);
     f("down", s.down...);
     f("readout", s.readout...);

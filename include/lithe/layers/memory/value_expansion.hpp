@@ -24,19 +24,6 @@ struct value_expansion_config {
 
 namespace detail {
 
-/// Throws `Error`, beginning with `who`, unless `order` has every number from 0 to its size - 1 once.
-template <class Error, class N>
-void check_permutation(std::span<const N> order, const std::string& who) {
-  const auto n = static_cast<std::int64_t>(order.size());
-  std::vector<bool> seen(order.size());
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    const auto to = static_cast<std::int64_t>(order[i]);
-    require<Error>(to >= 0 && to < n, who, ": not a permutation: ", i, " goes to ", to, ", outside 0 .. ", n - 1);
-    require<Error>(!seen[static_cast<std::size_t>(to)], who, ": not a permutation: ", to, " comes twice, the second time at ", i);
-    seen[static_cast<std::size_t>(to)] = true;
-  }
-}
-
 /// The rows that T tokens read, listed for each (token, group, core): lists [T G M] of `length` entries, padded with -1.
 template <class S>
 struct expanded_picks {
@@ -250,7 +237,7 @@ struct value_expansion {
   }
   template <class F, class... T>
   static void visit(F&& f, T&... s) {
-    f(field("permutation", role::state), s.permutation...);
+    f(field("permutation", role::permutation), s.permutation...);
     f("values", s.values...);
     f("pre_values", s.pre_values...);
     f("pre_projection", s.pre_projection...);
