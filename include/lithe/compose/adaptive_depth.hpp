@@ -42,10 +42,14 @@ struct adaptive_depth {
   [[nodiscard]] index_t exits() const { return stack.exits(); }
   [[nodiscard]] index_t features() const { return answers.classifiers.front().weight.cols(); }
 
-  shape output_shape(matrix_view<const S> x) const {
+  /// Throws config_error unless classifiers and halting distribution have as many exits as the stack.
+  void check() const {
     require<config_error>(answers.exits == exits() && (halt.heads.empty() || halt.exits == exits()),
                           "adaptive_depth: expected classifiers and a halting distribution of ", exits(), " exits, got ", answers.exits, " and ",
                           halt.exits);
+  }
+  shape output_shape(matrix_view<const S> x) const {
+    check();
     return {stack.output_shape(x).rows, answers.classes()};
   }
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> logits, const context& ctx) const {

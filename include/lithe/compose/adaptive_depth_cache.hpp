@@ -64,9 +64,11 @@ struct adaptive_cache {
   [[nodiscard]] index_t& filled_to(index_t n, index_t slot) { return filled[static_cast<std::size_t>(n - 1)][static_cast<std::size_t>(slot)]; }
 };
 
-/// A cache for `slots` sequences of up to `capacity` tokens; slot s reads sequence s of a memory, if the blocks need one.
+/// A cache for `slots` sequences of up to `capacity` tokens; slot s reads sequence s of a memory, if the blocks need one. Throws config_error for
+/// a model whose parts are of different numbers of exits.
 template <class Block, class Norm>
 [[nodiscard]] adaptive_cache<Block> make_adaptive_cache(const adaptive_depth<Block, Norm>& model, index_t slots, index_t capacity) {
+  model.check();
   adaptive_cache<Block> c;
   c.capacity = capacity;
   for (index_t n = 1; n <= model.exits(); ++n) c.blocks.push_back(detail::make_block_cache(model.stack.block(n), slots, capacity));

@@ -187,13 +187,14 @@ class exit_step {
 /// `exit_rule::eager`: the same values).
 ///
 /// `exits` [R] from 1; `confidences` [R x N-1], unless empty, has 0 where nothing was tested. The values do not depend on who else is in the
-/// batch beyond rounding. Throws config_error for a rule that does not fit, std::length_error when a slot is full, std::runtime_error when the last
+/// batch beyond rounding. Throws config_error for a model or a rule that does not fit, std::length_error when a slot is full, std::runtime_error when the last
 /// exit's logits are not numbers; the slots then have no row more than before (those that had already left keep theirs).
 template <class Block, class Norm>
 void adaptive_step(const adaptive_depth<Block, Norm>& model, matrix_view<const typename Block::scalar> x, const detail::memory_of<Block>& m,
                    matrix_view<typename Block::scalar> logits, std::span<std::int32_t> exits, adaptive_cache<Block>& c, const exit_rule& rule,
                    const context& ctx, matrix_view<double> confidences = {}) {
   const index_t R = x.rows(), N = model.exits();
+  model.check();
   rule.check(N);
   require<config_error>(rule.kind != exit_confidence::fixed || rule.exits.size() <= 1 || static_cast<index_t>(rule.exits.size()) == c.slots(),
                         "exit_rule: expected an exit for each of ", c.slots(), " slots, or one for all, got ", rule.exits.size());

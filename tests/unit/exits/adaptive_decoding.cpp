@@ -376,6 +376,36 @@ TEST(exit_rule, bad_rules_are_refused_in_a_sentence) {
   EXPECT_THROW((void)run(bare, rule(exit_confidence::meta, 0.5)), config_error);
 }
 
+TEST(decoding, parts_of_another_number_of_exits_are_refused) {
+  const auto fits = make_model();
+  const auto refused = [&](const model_type& m, const std::string& got) {
+    const std::string sentence = "adaptive_depth: expected classifiers and a halting distribution of 4 exits, got " + got;
+    auto c = make_adaptive_cache(fits, 2, 2);
+    std::vector<std::int32_t> exits(2);
+    matrix<double> logits(2, classes);
+    const auto x = random_matrix(2, features, 1);
+    const auto says = [&](auto&& call) {
+      try {
+        call();
+        ADD_FAILURE() << sentence;
+      } catch (const config_error& e) {
+        EXPECT_EQ(e.what(), sentence);
+      }
+    };
+    says([&] { (void)make_adaptive_cache(m, 2, 2); });
+    says([&] {
+      adaptive_step(m, matrix_view<const double>(x), nothing{}, matrix_view<double>(logits), exits, c, rule(exit_confidence::geometric, 2), {});
+    });
+    EXPECT_EQ(c.length, (std::vector<index_t>{0, 0}));
+  };
+  auto m = fits;
+  m.halt = make_model(3).halt;  // a head for each of 2 blocks: block 3 has none
+  refused(m, "4 and 3");
+  m = fits;
+  m.answers = make_model(3).answers;
+  refused(m, "3 and 4");
+}
+
 TEST(decoding, a_full_slot_throws_before_anything_changes) {
   const auto m = make_model();
   auto c = make_adaptive_cache(m, 2, 2);
