@@ -7,7 +7,8 @@ namespace lithe::inline LITHE_ABI {
 /// A few queries against many cached keys, where reading keys and values once is all that counts: o = softmax(q kᵀ) v.
 ///
 /// All rows have W numbers, filled up with zeros to whole packets: q (already scaled) and o [M x W], k and v [N x W] one row after the
-/// other. Query i sees the first visible[i] keys; `visible` does not fall and its last entry is N.
+/// other. Query i sees the first visible[i] keys; `visible` does not fall and its last entry is N. What a
+/// query does not see is not multiplied either: a NaN stays with those who see it.
 template <class S>
 void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* visible, matrix_view<S> o, const context& ctx) {
   using namespace detail::tile;
@@ -38,7 +39,11 @@ void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* v
     const S sum = Eigen::internal::predux(total);
     inverse[i] = sum == 0 ? S(0) : 1 / sum;
   }
-  product<S>(M, W, N, by_rows<S>{scores.data(), stride}, v, W, o.data(), o.stride());
+  const index_t shared = visible[0];  // by all queries
+  const S one = 1;
+  product<S>(M, W, shared, by_rows<S>{scores.data(), stride}, v, W, o.data(), o.stride());
+  for (index_t i = 1; i < M; ++i)
+    if (visible[i] > shared) product<S>(1, W, visible[i] - shared, by_rows<S>{scores.row(i) + shared, stride}, v + shared * W, W, o.row(i), o.stride(), &one);
   for (index_t i = 0; i < M; ++i)
     for (index_t d = 0; d < W; ++d) o(i, d) *= inverse[i];
 }

@@ -175,16 +175,19 @@ struct collaborative_attention : detail::collaborative_base<S> {
     });
     ctx.exec->run(H, 1, [&](index_t first, index_t last) {
       for (index_t h = first; h < last; ++h) {
-        const matrix_view<S> p = scores.view().slice_rows(h * n, n);
+        const matrix_view<S> p = scores.view().slice_rows(h * n, n), v = values(c, at, h), out = o.slice_rows(i, n).slice_cols(h * V, V);
+        const auto visible = [&](index_t t) { return config.causal ? N - n + t + 1 : N; };
         for (index_t t = 0; t < n; ++t) {
-          const index_t visible = config.causal ? N - n + t + 1 : N;
-          auto weights = p.slice_cols(0, visible).row_array(t);
-          if (const S* b = content(h)) weights += typename matrix_view<const S>::row_type(b, visible);
+          auto weights = p.slice_cols(0, visible(t)).row_array(t);
+          if (const S* b = content(h)) weights += typename matrix_view<const S>::row_type(b, visible(t));
           weights = (all.plain.scale * (weights - weights.maxCoeff())).exp();
           weights /= weights.sum();
-          p.slice_cols(visible, N - visible).row_array(t).setZero();
         }
-        gemm_nn<S>(p, values(c, at, h).slice_rows(0, N), o.slice_rows(i, n).slice_cols(h * V, V), ctx);
+        // What all queries see in one product, and nothing that a query does not see: 0 times a NaN is not 0.
+        const index_t shared = visible(0);
+        gemm_nn<S>(p.slice_cols(0, shared), v.slice_rows(0, shared), out, ctx);
+        for (index_t t = 1; t < n; ++t)
+          for (index_t j = shared; j < visible(t); ++j) out.row_array(t) += p(t, j) * v.row_array(j);
       }
     });
   }
