@@ -75,7 +75,8 @@ struct trainer {
       loss = aligned_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.exits, step, record.decoder, dx.view(),
                                dmemory.view(), gradient.decoder, dec)
                  .total;
-      if (config.exits.alpha > 0 && config.exits.targets.granularity == exit_granularity::sequence) train_whole(m, dmemory.view(), enc);
+      const bool labelled = !record.decoder.exits.empty();
+      if (labelled && config.exits.targets.granularity == exit_granularity::sequence) train_whole(m, dmemory.view(), enc);
     }
     model.phones.backward(words.inputs, {}, dx, {}, gradient.phones, dec);
     model.encoder.backward(words.spelling, record.encoder, dmemory, {}, gradient.encoder, enc);

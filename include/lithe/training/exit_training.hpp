@@ -23,7 +23,7 @@ struct exit_training_record {
   record_of<Model> model;
   matrix<S> logits, log_q;  // [N T x V], [T x N]
   exit_evidence evidence;
-  std::vector<std::int32_t> exits;  // the oracle's, of each token (0: none) or sequence; or the exits of a pass
+  std::vector<std::int32_t> exits;  // the oracle's, of each token (0: none) or sequence, if there is an exit loss; or the exits of a pass
 };
 
 /// What one training pass over several exits lost.
@@ -36,8 +36,8 @@ struct exit_training_losses {
 /// Aligned training with the exit loss (arXiv 1910.10073, equations 2 and 8): L = L_dec + α L_exit, forward and backward. L_dec is
 /// `aligned_exit_loss` on the answers of all exits; L_exit from `start_step` on the cross entropy between the oracle's exits (or, given, `exits` [T]
 /// with 0 for none) and the model's halting distribution. With an oracle for whole sequences the record's `exits` [B] are its choices, and the loss
-/// of the `sequence_halting` that predicts them is the caller's. x [T x D]; dx is overwritten, dm and g are added to; the record holds the logits'
-/// gradient afterwards.
+/// of the `sequence_halting` that predicts them is the caller's. Where there is no exit loss (before `start_step`, without an α, with one exit alone)
+/// the record's `exits` are empty. x [T x D]; dx is overwritten, dm and g are added to; the record holds the logits' gradient afterwards.
 ///
 /// Throws config_error when there is an α but no halting head, and what its parts throw.
 template <class Model>
@@ -58,6 +58,7 @@ exit_training_losses aligned_exit_step(const Model& model, matrix_view<const typ
   require<config_error>(!with_exits || !model.halt.heads.empty(), "aligned_exit_step: the model has no halting head to train");
   r.logits.resize(model.output_shape(x).rows, model.answers.classes());
   model.forward(x, m, r.logits, r.model, ctx);
+  r.exits.clear();
   if (labelled) {
     if (exits.empty()) {
       exit_evidence_from<S>(r.logits, targets, ignored, r.evidence, ctx);

@@ -381,6 +381,27 @@ TEST(aligned_training, an_oracle_for_sequences_leaves_its_choice_to_the_caller) 
                           {.alpha = 1, .targets = {.granularity = exit_granularity::sequence}}, 0, r, matrix_view<double>(dx), nothing{}, g, t.ctx);
   EXPECT_EQ(r.exits.size(), 3U);
 }
+TEST(aligned_training, a_step_without_an_exit_loss_leaves_no_exits) {
+  ragged t;
+  const auto x = random_matrix(7, features, 2);
+  exit_training_record<adaptive_depth<pre_block>> r;
+  matrix<double> dx(7, features);
+  exit_training_config c{.alpha = 1, .start_step = 5, .targets = {.granularity = exit_granularity::sequence}};
+  const auto exits_after = [&](index_t blocks, index_t step) {
+    const auto model = make_model<pre_block>(blocks);
+    auto g = make_gradient(model);
+    (void)aligned_exit_step(model, matrix_view<const double>(x), nothing{}, std::vector<token_t>(7, 1), c, step, r, matrix_view<double>(dx), nothing{}, g,
+                            t.ctx);
+    return r.exits.size();
+  };
+  EXPECT_EQ(exits_after(3, 5), 3U);
+  EXPECT_EQ(exits_after(3, 4), 0U);
+  EXPECT_EQ(exits_after(3, 5), 3U);
+  EXPECT_EQ(exits_after(1, 5), 0U);
+  EXPECT_EQ(exits_after(3, 5), 3U);
+  c.alpha = 0;
+  EXPECT_EQ(exits_after(3, 5), 0U);
+}
 TEST(aligned_training, all_targets_ignored_give_no_loss_and_no_gradient) {
   ragged t;
   auto model = make_model<pre_block>(3);
