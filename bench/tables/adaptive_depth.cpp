@@ -11,7 +11,6 @@ constexpr index_t rows = 32;  // stretches of held-out text that are decoded sid
 model_config model_of(index_t layers, std::uint64_t seed) {
   model_config c;
   c.feed_forward = "dense";
-  c.memory_at = {0};
   c.layers = layers;
   c.context = 128;
   c.seed = seed;

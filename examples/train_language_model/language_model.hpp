@@ -55,8 +55,9 @@ inline index_t slots_of(const model_config& c) { return c.sub_keys * c.sub_keys;
 
 inline language_model make_model(const model_config& c) {
   using namespace lithe;
+  const bool dense = c.feed_forward == "dense";  // then nobody asks where memories stand
   for (const index_t at : c.memory_at)
-    require<config_error>(at >= 0 && at < c.layers, "memory-at: expected blocks from 0 to ", c.layers - 1, ", got ", at);
+    require<config_error>(dense || (at >= 0 && at < c.layers), "memory-at: expected blocks from 0 to ", c.layers - 1, ", got ", at);
   const rng_key key{c.seed};
   stack<model_part> parts;
   for (index_t i = 0; i < c.layers; ++i) {
@@ -64,7 +65,7 @@ inline language_model make_model(const model_config& c) {
     const auto add = [&](part_layer layer) {
       parts.blocks.push_back({sequential(layer_norm<real>(c.features), std::move(layer), dropout<real>(c.dropout))});
     };
-    const bool here = c.feed_forward != "dense" && std::find(c.memory_at.begin(), c.memory_at.end(), i) != c.memory_at.end();
+    const bool here = !dense && std::find(c.memory_at.begin(), c.memory_at.end(), i) != c.memory_at.end();
     add(attention<real>({.inputs = c.features, .heads = c.heads, .causal = c.objective == "causal"}, k.child(0)));
     if (!here || c.memory_placement == "after")
       add(feed_forward<real>({.features = c.features, .hidden = c.hidden, .kind = activation::gelu}, k.child(1)));

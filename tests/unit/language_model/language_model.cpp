@@ -104,6 +104,15 @@ TEST(language_model, a_checkpoint_of_another_shape_changes_nothing) {
   std::filesystem::remove(path);
 }
 
+TEST(language_model, the_blocks_of_memories_are_checked_where_there_are_memories) {
+  model_config c = small("dense");
+  c.layers = 1;
+  c.memory_at = model_config().memory_at;
+  EXPECT_EQ(std::get<1>(make_model(c).layers).blocks.size(), 2U) << "attention and feed-forward";
+  c.feed_forward = "memory";
+  EXPECT_THROW((void)make_model(c), config_error);
+}
+
 TEST(language_model, no_allocation_in_steady_state_inference) {
 #if defined(LITHE_COUNTS_MALLOC)
   const parallel_executor exec(2);
