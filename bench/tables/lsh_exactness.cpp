@@ -168,8 +168,8 @@ tables::table make(const tables::options& o) {
             judge(s, p, exact, y, [&](index_t h, index_t i, index_t j) {
               bool met = false;
               for (index_t k = 0; k < rounds; ++k) {
-                const index_t now = h * rounds + k, before = h * rounds + (k + rounds - 1) % rounds;  // a round's first chunk sees the last of the one before
-                met = met || place(now, i) == place(now, j) || place(now, i) == place(now, j) + 1 || (place(now, i) == 0 && place(before, j) == (T - 1) / chunk);
+                const index_t now = h * rounds + k, last = h * rounds + (k + rounds - 1) % rounds;  // a round's first chunk sees the last of the one before
+                met = met || place(now, i) == place(now, j) || place(now, i) == place(now, j) + 1 || (place(now, i) == 0 && place(last, j) == (T - 1) / chunk);
               }
               return met;
             });
