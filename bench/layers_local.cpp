@@ -14,7 +14,8 @@ struct local_case {
   index_t length;
   matrix<float> q, k, v, o, log_sum_exp;
   lithe::detail::local_windows<float> windows{
-      .heads = heads, .width = width, .chunk = chunk, .before = 1, .after = 0, .pad_to = chunk, .scale = 0.125F, .causal = true, .circular = true, .mean = true};
+      .heads = heads, .width = width, .chunk = chunk, .before = 1, .after = 0, .pad_to = chunk,
+      .scale = 0.125F, .causal = true, .circular = true, .mean = true};
 
   explicit local_case(const benchmark::State& s)
       : run(s.range(1)),

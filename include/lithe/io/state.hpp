@@ -94,8 +94,9 @@ class state_writer {
 };
 
 /// Reads what `state_writer` wrote, all or nothing: each `add` checks that the file holds such a tensor, of that shape and kind of
-/// number, and of a layer's permutation that it is one; `load` checks that the file holds nothing else; only then it writes. (A disk that fails while `load` reads is the exception:
-/// the error then leaves the model partly loaded.) Training tensors may be there unasked if none of them is asked for.
+/// number, and of a layer's permutation that it is one; `load` checks that the file holds nothing else; only then it writes. (A disk
+/// that fails while `load` reads is the exception: the error then leaves the model partly loaded.) Training tensors may be there unasked
+/// if none of them is asked for.
 ///
 /// A matrix of one row may be stored as [cols] or [1, cols]. Throws io_error that names file, tensor, expected and found.
 class state_reader {
