@@ -295,6 +295,10 @@ TEST(bucket_attention, replay_and_external_ids_are_taken_as_they_are) {
     given.buckets.value(1, 2) = static_cast<bucket_t>(wrong);
     EXPECT_THROW(external.forward(x, y, given, {}), config_error);
   }
+  EXPECT_THROW(l.forward(x, y, given, {.replay = true}), index_error);
+  matrix<double> dx(x.rows(), x.cols());
+  auto g = make_gradient(l);
+  EXPECT_THROW(l.backward(x, given, y, dx, g, {}), index_error);
 }
 
 TEST(bucket_attention, external_ids_of_padding_are_written_over) {

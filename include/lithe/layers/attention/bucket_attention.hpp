@@ -31,7 +31,8 @@ struct bucket_attention_config {
 /// `largest_bucket`. Memory is linear in T.
 ///
 /// Directions, replay and external ids are as in lsh_attention. Padding (context::mask) is no key; its own rows give their own values.
-/// Throws config_error (external ids out of range, too), shape_error, state_error (a record without ids, or of another call).
+/// Throws config_error (external ids out of range, too), shape_error, index_error (a record's ids out of range), state_error (a record without ids, or
+/// of another call).
 template <std::floating_point S>
 struct bucket_attention {
   using scalar = S;
@@ -82,6 +83,8 @@ struct bucket_attention {
     if (external) {
       hash.check_external(who, ids, buckets(), ctx.mask);
       hash_padding(ctx.mask, buckets(), ids);
+    } else if (ctx.replay) {
+      check_range(ids);
     }
     r.context.resize(T, query_key.weight.rows());
     r.log_sum_exp.resize(config.heads, T);
@@ -91,6 +94,7 @@ struct bucket_attention {
     check(x, dy, ctx);
     require_shape(who, "dx", dx, x.rows(), x.cols());
     check_ids(x.rows(), r.buckets.value);
+    check_range(r.buckets.value);
     require<state_error>(r.context.rows() == x.rows(), who, ": the record is of another call: expected ", x.rows(), " rows, got ", r.context.rows());
     const index_t T = x.rows(), A = query_key.weight.rows(), d = config.head_width;
     const scratch<S> q(ctx, T, A), v(ctx, T, A), scales(ctx, config.heads, T), d_context(ctx, T, A), dq(ctx, T, A), dk(ctx, T, A), dv(ctx, T, A);
@@ -254,6 +258,10 @@ struct bucket_attention {
   void check_ids(index_t T, const matrix<bucket_t>& ids) const {
     require<state_error>(ids.rows() == config.heads * config.hash.rounds && ids.cols() == T, who, ": expected the bucket ids of ",
                          config.heads * config.hash.rounds, " rounds and ", T, " tokens in the record, got ", to_text(ids.rows(), ids.cols()));
+  }
+  void check_range(const matrix<bucket_t>& ids) const {
+    const bucket_t most = ids.size() == 0 ? bucket_t{0} : ids.maxCoeff();
+    require<index_error>(most <= buckets(), who, ": expected bucket ids below ", buckets(), " (or that, for padding), got ", most);
   }
   [[nodiscard]] detail::bucket_windows<S> windows(const context& ctx) const {
     return {.heads = config.heads,

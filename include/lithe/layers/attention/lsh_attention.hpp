@@ -28,7 +28,7 @@ template <std::floating_point S>
 struct lsh_attention {
   using scalar = S;
   struct record {
-    kept<matrix<bucket_t>> buckets;  // [H R x T]; padding has the number of buckets, exact sequences have 0
+    kept<matrix<bucket_t>> buckets;  // [H R x T]; padding sorted apart has the number of buckets, exact sequences have 0
     matrix<S> context;               // heads side by side [T x H D]
     matrix<S> maximum, sum;          // of the softmax over all rounds [H x T]
   };
