@@ -151,10 +151,8 @@ void import_memory(memory_code code, const safetensors_file& file, std::string p
   if (layer.permutation.size() != 0) {
     const std::string shuffle = prefix + "head_permutations";
     const auto order = file.template read<std::int64_t>(shuffle);
-    const auto slots = static_cast<std::size_t>(layer.keys.slots());
-    for (std::size_t first = 0; first < order.size(); first += slots)
-      detail::check_permutation<io_error>(std::span<const std::int64_t>(order).subspan(first, slots),
-                                          concat(file.path().string(), ": tensor ", detail::quoted(shuffle)));
+    detail::check_permutations<io_error>(std::span<const std::int64_t>(order), layer.keys.slots(),
+                                         concat(file.path().string(), ": tensor ", detail::quoted(shuffle)));
   }
 
   visit_public(

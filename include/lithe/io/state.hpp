@@ -182,10 +182,7 @@ class state_reader {
       using N = typename decltype(view(t))::scalar;
       if constexpr (std::integral<N>) {
         const auto numbers = file_.template read<N>(name);
-        const auto length = static_cast<std::size_t>(t.cols());
-        for (std::size_t first = 0; first < numbers.size(); first += length)
-          detail::check_permutation<io_error>(std::span<const N>(numbers).subspan(first, length),
-                                              concat(file_.path().string(), ": tensor ", detail::quoted(name)));
+        detail::check_permutations<io_error>(std::span<const N>(numbers), t.cols(), concat(file_.path().string(), ": tensor ", detail::quoted(name)));
       }
     }
   }

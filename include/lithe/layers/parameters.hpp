@@ -30,6 +30,12 @@ void check_permutation(std::span<const N> order, const std::string& who) {
     seen[static_cast<std::size_t>(to)] = true;
   }
 }
+/// The same for each `length` numbers of several permutations, one after the other.
+template <class Error, class N>
+void check_permutations(std::span<const N> orders, index_t length, const std::string& who) {
+  const auto n = static_cast<std::size_t>(length);
+  for (std::size_t first = 0; first < orders.size(); first += n) check_permutation<Error>(orders.subspan(first, n), who);
+}
 
 }  // namespace detail
 
