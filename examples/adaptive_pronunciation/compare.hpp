@@ -107,9 +107,8 @@ inline void print_findings(const std::vector<summary_row>& rows, index_t blocks)
     return sum / n;
   };
   const summary_row& full = rows[0];
-  const auto early = std::find_if(rows.begin(), rows.end(), [&](const summary_row& r) {  // a choice of exits, no fixed depth
-    const bool chosen = !r.name.starts_with("baseline") && r.name.find("all after") == std::string::npos;
-    return chosen && r.mean_exit <= static_cast<double>(blocks) / 3 && r.error_rate <= full.error_rate + full.spread;
+  const auto early = std::find_if(rows.begin(), rows.end(), [&](const summary_row& r) {
+    return !fixed_depth(r) && r.mean_exit <= static_cast<double>(blocks) / 3 && r.error_rate <= full.error_rate + full.spread;
   });
   say("the full baseline's error rate, within its spread, at a third of its blocks or less", early != rows.end(),
       early != rows.end() ? " (" + early->name + ")" : "");

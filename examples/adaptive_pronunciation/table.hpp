@@ -15,6 +15,9 @@ struct table_row {
   std::array<double, 2> speed_up{}, bound{};  ///< at batch 1 and 32, over the whole stack; and what the time of a block alone would give
 };
 
+/// Whether all phones leave after the same block, so that nothing is chosen.
+inline bool fixed_depth(const table_row& r) { return r.name.find("all after") != std::string::npos || r.name.starts_with("baseline"); }
+
 /// Measures a pronouncer's ways to speak and prints a row for each.
 class table {
  public:
@@ -162,9 +165,8 @@ inline void draw(const std::string& path, const std::vector<table_row>& rows, in
     svg << "<text x='30' y='" << y(least + (most - least) * i / 4) + 4 << "'>" << std::round((least + (most - least) * i / 4) * 10) / 10
         << "</text>\n";
   for (const auto& r : rows) {
-    const bool fixed = r.name.find("all after") != std::string::npos || r.name.starts_with("baseline");
-    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' fill='" << (fixed ? "#888" : "#06c") << "'><title>" << r.name
-        << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
+    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' fill='" << (fixed_depth(r) ? "#888" : "#06c") << "'><title>"
+        << r.name << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
   }
   svg << "</svg>\n";
 }
