@@ -98,8 +98,8 @@ contender product_keys(index_t keys) {
                                 .value_width = features / 2,
                                 .heads = 2,
                                 .sub_keys = keys,
-                                .key_width = 560,
-                                .top_k = 42};  // as many active parameters as UltraMem
+                                .key_width = 560,  // for as many active parameters as UltraMem has
+                                .top_k = 42};
     c.readout.kind = memory_readout_kind::linear;
     layers.emplace_back(c, rng_key{static_cast<std::uint64_t>(i)});
   }
