@@ -4,12 +4,13 @@
 
 #include "table.hpp"
 
-/// How a model speaks unless something else is asked for.
-inline manner usual_manner(const model_config& c, bool with_heads) {
+/// How a model with this trained distribution, or none, speaks unless something else is asked for.
+inline manner usual_manner(const std::string& distribution) {
   using lithe::exit_confidence;
-  if (with_heads && c.distribution == "geometric") return {.rule = {.kind = exit_confidence::geometric, .thresholds = {0.5}}};
-  if (with_heads && c.distribution == "multinomial") return {.rule = {.kind = exit_confidence::multinomial}};
-  if (with_heads && c.distribution == "sequence") return {};
+  if (distribution == "geometric") return {.rule = {.kind = exit_confidence::geometric, .thresholds = {0.5}}};
+  if (distribution == "multinomial") return {.rule = {.kind = exit_confidence::multinomial}};
+  if (distribution == "sequence") return {};
+  if (distribution == "meta") return {.rule = {.kind = exit_confidence::meta, .thresholds = {0.9}}};
   return {.rule = {.kind = exit_confidence::softmax_diff, .thresholds = {0.9}}};
 }
 
@@ -40,6 +41,17 @@ inline std::vector<table_row> compare_seed(const dictionary& d, const model_conf
   measure(train_trunk(d, base, plan, "mixed", ctx), each_depth("mixed"));
   const pronouncer trunk = train_trunk(d, base, plan, "aligned", ctx);
   measure(trunk, each_depth("aligned"));
+  const auto with_exits = [&](const std::string& distribution, const training_plan& how, auto&& add) {
+    model_config c = base;
+    c.distribution = distribution;
+    pronouncer p = trunk;
+    set_distribution(p, distribution, c.decoder_blocks, c.features, lithe::rng_key{c.seed}.child(3));
+    measure(train_with_exits(std::move(p), d, c, how, ctx), add);
+  };
+  with_exits("meta", plan, [](table& t) {
+    for (const double tau : {0.7, 0.9})
+      t.add(lithe::concat("learned confidence ", tau), {.rule = {.kind = lithe::exit_confidence::meta, .thresholds = {tau}}});
+  });
   struct target {
     const char *distribution, *oracle;
     double penalty, sigma;
@@ -48,17 +60,12 @@ inline std::vector<table_row> compare_seed(const dictionary& d, const model_conf
        {target{"sequence", "correctness", 0.1, 0}, target{"sequence", "likelihood", 0.1, 0}, target{"multinomial", "correctness", 0.1, 0},
         target{"multinomial", "likelihood", 0.05, 0}, target{"geometric", "correctness", 0.1, 0}, target{"geometric", "correctness", 0.1, 1},
         target{"geometric", "likelihood", 0.05, 0}, target{"geometric", "likelihood", 0.05, 1}}) {
-    model_config c = base;
-    training_plan with = plan;
-    c.distribution = t.distribution;
-    with.oracle = t.oracle;
-    with.penalty = t.penalty;
-    with.sigma = t.sigma;
-    pronouncer p = trunk;
-    set_distribution(p, c.distribution, c.decoder_blocks, c.features, lithe::rng_key{c.seed}.child(3));
-    p = train_with_exits(std::move(p), d, c, with, ctx);
-    measure(p, [&](table& of) {
-      of.add(lithe::concat(t.distribution, ", ", t.oracle, ", penalty ", t.penalty, ", sigma ", t.sigma), usual_manner(c, true));
+    training_plan how = plan;
+    how.oracle = t.oracle;
+    how.penalty = t.penalty;
+    how.sigma = t.sigma;
+    with_exits(t.distribution, how, [&](table& of) {
+      of.add(lithe::concat(t.distribution, ", ", t.oracle, ", penalty ", t.penalty, ", sigma ", t.sigma), usual_manner(t.distribution));
     });
   }
   return rows;

@@ -69,7 +69,7 @@ int run(model_config c, const run_config& r) {
     model = train_with_exits(train_trunk(d, c, r.plan, r.plan.mode, ctx), d, c, r.plan, ctx);
   if (!r.save.empty()) lithe::save_model(r.save, model, {{"config", nlohmann::json(c).dump()}, {"exit_heads", with_heads ? "trained" : "untrained"}});
   lithe::prepack(model);
-  const manner usual = usual_manner(c, with_heads);
+  const manner usual = usual_manner(with_heads ? c.distribution : "");
   for (const auto& word : r.say) say(model, d, word, usual, ctx);
   if (!r.say.empty()) return 0;
   const auto rows = print_table(model, d, c, with_heads, r.search, r.delta, ctx);
@@ -89,7 +89,9 @@ int main(int argc, char** argv) {
   app.add_option("--words", r.words, "dictionary: word, tab, phones")->capture_default_str();
   app.add_option("--word", r.say, "says a word, with the depth of each phone, instead of the table");
   app.add_option("--training", r.plan.mode)->check(CLI::IsMember({"aligned", "mixed", "top"}))->capture_default_str();
-  app.add_option("--distribution", c.distribution)->check(CLI::IsMember({"geometric", "multinomial", "sequence"}))->capture_default_str();
+  app.add_option("--distribution", c.distribution, "of exits; meta: none, a learned confidence")
+      ->check(CLI::IsMember({"geometric", "multinomial", "sequence", "meta"}))
+      ->capture_default_str();
   app.add_option("--oracle", r.plan.oracle)->check(CLI::IsMember({"correctness", "likelihood"}))->capture_default_str();
   app.add_option("--penalty", r.plan.penalty, "of each block in the oracle")->capture_default_str();
   app.add_option("--sigma", r.plan.sigma, "smoothing of the oracle")->capture_default_str();

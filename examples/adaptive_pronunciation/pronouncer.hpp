@@ -16,7 +16,7 @@ using lithe::matrix_view;
 struct model_config {
   index_t encoder_blocks = 3, decoder_blocks = 6, features = 128, heads = 4, hidden = 256, phones = 0;
   std::string classifiers = "shared";      ///< shared or independent
-  std::string distribution = "geometric";  ///< geometric, multinomial or sequence
+  std::string distribution = "geometric";  ///< geometric, multinomial, sequence; or meta: no distribution, a learned confidence
   double dropout = 0.1;
   std::uint64_t seed = 1;
 };
@@ -61,8 +61,11 @@ struct pronouncer {
 inline void set_distribution(pronouncer& p, const std::string& kind, index_t exits, index_t features, lithe::rng_key key) {
   using namespace lithe;
   p.decoder.halt = {};
+  p.decoder.meta = {};
   p.whole = {};
-  if (kind == "sequence")
+  if (kind == "meta")
+    p.decoder.meta = halting_head<real>({.features = features}, key);
+  else if (kind == "sequence")
     p.whole = sequence_halting<real>({.features = features, .outputs = exits}, key);
   else
     p.decoder.halt = halting<real>(

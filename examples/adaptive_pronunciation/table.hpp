@@ -127,6 +127,8 @@ inline std::vector<table_row> print_table(const pronouncer& p, const dictionary&
   for (index_t n = 1; n <= N; ++n) t.add(lithe::concat("all after block ", n), table::fixed(n));
   if (with_heads && c.distribution == "geometric")
     for (const double tau : {0.3, 0.5, 0.7, 0.9}) add(lithe::concat("geometric, threshold ", tau), exit_confidence::geometric, {tau});
+  if (with_heads && c.distribution == "meta")
+    for (const double tau : {0.7, 0.9, 0.97}) add(lithe::concat("learned confidence, threshold ", tau), exit_confidence::meta, {tau});
   if (with_heads && c.distribution == "multinomial") t.add("multinomial", {.rule = {.kind = exit_confidence::multinomial}});
   if (with_heads && c.distribution == "sequence") t.add("sequence", {});
   const std::pair<const char*, exit_confidence> kinds[] = {{"largest probability", exit_confidence::max_prob},

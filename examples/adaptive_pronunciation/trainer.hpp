@@ -26,7 +26,7 @@ struct word_batch {
 };
 
 struct training_config {
-  std::string mode = "aligned";  ///< aligned, mixed, or top (only the last exit is trained: a model of fixed depth)
+  std::string mode = "aligned";  ///< aligned, mixed, top (only the last exit is trained: a model of fixed depth), or meta (the learned confidence)
   index_t passes = 2;            ///< of mixed training
   index_t batch = 64;            ///< words
   double rate = 2e-3;
@@ -56,7 +56,7 @@ struct trainer {
     using namespace lithe;
     const auto T = static_cast<index_t>(words.inputs.size()), X = static_cast<index_t>(words.spelling.size()), D = model.decoder.features();
     context enc = base, dec = base;
-    enc.train = dec.train = true;
+    enc.train = dec.train = config.mode != "meta";
     enc.rows = {words.spelling_offsets};
     dec.rows = {words.phone_offsets};
     enc.key = rng_key{seed}.child(2 * static_cast<std::uint64_t>(step));
@@ -67,6 +67,12 @@ struct trainer {
     model.encoder.forward(words.spelling, memory, record.encoder, enc);
     model.phones.forward(words.inputs, x, dec);
     const memory_view<real> m{memory, enc.rows};
+    const learning_rate_schedule schedule{
+        .learning_rate = config.rate, .warmup_steps = std::min<index_t>(200, steps), .total_steps = steps, .final_ratio = 0.02};
+    if (config.mode == "meta") {
+      loss = meta_exit_step(model.decoder, matrix_view<const real>(x), m, reduction::mean, record.decoder, gradient.decoder, dec).loss;
+      return adam.step(model.decoder.meta, gradient.decoder.meta, schedule(step++), base);
+    }
     if (config.mode == "mixed") {
       loss = mixed_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.passes, reduction::mean, -100, record.decoder,
                              dx.view(), dmemory.view(), gradient.decoder, dec)
@@ -81,8 +87,6 @@ struct trainer {
     model.phones.backward(words.inputs, {}, dx, {}, gradient.phones, dec);
     model.encoder.backward(words.spelling, record.encoder, dmemory, {}, gradient.encoder, enc);
     clip_by_global_norm(model, gradient, 1.0, base);
-    const learning_rate_schedule schedule{
-        .learning_rate = config.rate, .warmup_steps = std::min<index_t>(200, steps), .total_steps = steps, .final_ratio = 0.02};
     adam.step(model, gradient, schedule(step++), base);
   }
 
@@ -109,7 +113,8 @@ struct training_plan {
 inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// Epochs over the dictionary in an order of the seed's.
-inline void train(trainer& t, const dictionary& d, index_t epochs, std::uint64_t seed, const training_plan& r, const lithe::context& ctx, const char* what) {
+inline void train(trainer& t, const dictionary& d, index_t epochs, std::uint64_t seed, const training_plan& r, const lithe::context& ctx,
+                  const char* what) {
   const bool terminal = isatty(STDOUT_FILENO) != 0;
   const auto words = r.limit > 0 ? std::min(d.train.size(), static_cast<std::size_t>(r.limit)) : d.train.size();
   std::vector<std::size_t> order(words);
@@ -147,10 +152,10 @@ inline lithe::exit_target_config oracle(const training_plan& r, const std::strin
           .sigma = r.sigma};
 }
 
-/// Aligned or mixed training first, then the exit loss too (arXiv 1910.10073, section 5).
+/// After the trunk, the choice of exits: the exit loss beside the decoder's (arXiv 1910.10073, section 5), or the learned confidence alone.
 inline pronouncer train_with_exits(pronouncer model, const dictionary& d, const model_config& c, const training_plan& r, const lithe::context& ctx) {
   if (r.exit_epochs == 0) return model;
-  training_config t{.batch = r.batch, .rate = r.rate / 4};
+  training_config t{.mode = c.distribution == "meta" ? "meta" : "aligned", .batch = r.batch, .rate = c.distribution == "meta" ? r.rate : r.rate / 4};
   t.exits.alpha = r.alpha;
   t.exits.detach = r.detach;
   t.exits.targets = oracle(r, c.distribution);
@@ -158,7 +163,8 @@ inline pronouncer train_with_exits(pronouncer model, const dictionary& d, const 
   train(with_exits, d, r.exit_epochs, c.seed + 77, r, ctx, lithe::concat(c.distribution, " exits, ", r.oracle).c_str());
   return std::move(with_exits.model);
 }
-inline pronouncer train_trunk(const dictionary& d, const model_config& c, const training_plan& r, const std::string& mode, const lithe::context& ctx) {
+inline pronouncer train_trunk(const dictionary& d, const model_config& c, const training_plan& r, const std::string& mode,
+                              const lithe::context& ctx) {
   trainer trunk(make_pronouncer(c), {.mode = mode, .batch = r.batch, .rate = r.rate}, steps_of(d, r.epochs, r));
   train(trunk, d, r.epochs, c.seed, r, ctx, lithe::concat(mode, ", ", c.decoder_blocks, " blocks, seed ", c.seed).c_str());
   return std::move(trunk.model);

@@ -9,7 +9,8 @@ namespace lithe::inline LITHE_ABI {
 
 /// A stack that can answer at every depth (arXiv 1910.10073): its blocks, the classifiers behind them, and what predicts exits: a halting
 /// distribution and a meta confidence (arXiv 2207.07061, section 3.3), if they are wanted. As a layer it maps x [T x D] to the logits [N T x V] of
-/// all exits, one below the other; training with exits is `aligned_exit_step` and `mixed_exit_step`, decoding `adaptive_step`.
+/// all exits, one below the other; training with exits is `aligned_exit_step` and `mixed_exit_step`, of the meta confidence `meta_exit_step`, decoding
+/// `adaptive_step`.
 ///
 /// Throws as its parts do.
 template <class Block, class Norm = layer_norm<typename Block::scalar>>

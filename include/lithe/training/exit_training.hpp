@@ -24,6 +24,7 @@ struct exit_training_record {
   matrix<S> logits, log_q;  // [N T x V], [T x N]
   exit_evidence evidence;
   std::vector<std::int32_t> exits;  // the oracle's, of each token (0: none) or sequence, if there is an exit loss; or the exits of a pass
+  record_of<halting_head<S>> meta;
 };
 
 /// What one training pass over several exits lost.
@@ -138,6 +139,32 @@ exit_training_losses mixed_exit_step(
   }
   losses.total = losses.decoder;
   return losses;
+}
+
+/// Training of the meta confidence (arXiv 2207.07061, section 3.3) once the model is trained, which stays as it is: the loss is 1/(N-1) Σ_{n<N} of the
+/// binary cross entropy between σ(meta(hⁿ)) and whether exit n answers as exit N does, summed or averaged over tokens (`meta_exit_loss`). x [T x D];
+/// of g only `meta` is added to, so an optimiser is given model.meta and g.meta. With one exit there is nothing to learn and the loss is 0.
+///
+/// Throws config_error when there is no meta head, and what its parts throw.
+template <class Model>
+loss_result meta_exit_step(const Model& model, matrix_view<const typename Model::scalar> x, const typename Model::memory& m, reduction reduce,
+                           exit_training_record<Model>& r, gradient_of<Model>& g, const context& ctx) {
+  using S = typename Model::scalar;
+  const index_t T = x.rows(), N = model.exits(), below = (N - 1) * T;
+  require<config_error>(N == 1 || model.meta.output.weight.size() != 0, "meta_exit_step: the model has no meta head to train");
+  const shape out = model.output_shape(x);
+  if (N == 1) return {0, T};
+  r.model.states.resize(out.rows, x.cols());
+  r.logits.resize(out.rows, out.cols);
+  model.stack.forward(x, m, r.model.states, ctx);
+  model.answers.forward(r.model.states, r.logits, ctx);
+  const auto states = matrix_view<const S>(r.model.states).slice_rows(0, below);
+  const scratch<S> z(ctx, below, 1), dz(ctx, below, 1), consistent(ctx, N - 1, T), dstates(ctx, below, x.cols());
+  model.meta.forward(states, z, r.meta, ctx);
+  meta_targets<S>(r.logits, N, consistent, ctx);
+  const auto loss = meta_exit_loss<S>(matrix_view<const S>(z.data(), N - 1, T), consistent, reduce, matrix_view<S>(dz.data(), N - 1, T));
+  model.meta.backward(states, r.meta, dz, dstates, g.meta, ctx);
+  return loss;
 }
 
 }  // namespace lithe::inline LITHE_ABI

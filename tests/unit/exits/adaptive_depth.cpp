@@ -10,6 +10,7 @@
 #include "lithe/layers/feed_forward.hpp"
 #include "lithe/training/exit_training.hpp"
 #include "lithe/training/gradient_check.hpp"
+#include "lithe/training/optimiser.hpp"
 
 namespace adaptive_depth_tests {
 
@@ -414,6 +415,61 @@ TEST(aligned_training, all_targets_ignored_give_no_loss_and_no_gradient) {
                                    {.alpha = 1, .reduce = reduction::mean}, 0, r, matrix_view<double>(dx), nothing{}, g, t.ctx);
   EXPECT_EQ(l.total, 0);
   EXPECT_EQ(dx.cwiseAbs().maxCoeff(), 0);
+}
+TEST(meta_training, the_loss_has_the_gradient_of_its_equation_and_trains_the_head_alone) {
+  ragged t;
+  auto model = make_model<pre_block>(3);
+  model.meta = halting_head<double>({.features = features, .hidden_layers = 1}, {6});
+  const auto x = random_matrix(7, features, 2);
+  exit_training_record<adaptive_depth<pre_block>> r;
+  auto g = make_gradient(model), untouched = g, unused = g;
+  const auto loss = [&](auto& gradient) {
+    return meta_exit_step(model, matrix_view<const double>(x), nothing{}, reduction::mean, r, gradient, t.ctx).loss;
+  };
+  EXPECT_GT(loss(g), 0.1);
+  EXPECT_EQ(compare(model.stack, g.stack, untouched.stack).first, 0);
+  EXPECT_EQ(compare(model.answers, g.answers, untouched.answers).first, 0);
+  for_each_tensor(
+      [&](const std::string& name, role, auto& parameter, const auto& d) {
+        for (index_t i = 0; i < parameter.size(); i += 3) {
+          const double kept_value = parameter.data()[i];
+          parameter.data()[i] = kept_value + 1e-5;
+          const double up = loss(unused);
+          parameter.data()[i] = kept_value - 1e-5;
+          const double down = loss(unused);
+          parameter.data()[i] = kept_value;
+          EXPECT_NEAR((up - down) / 2e-5, d.data()[i], 1e-8) << name;
+        }
+      },
+      model.meta, g.meta);
+}
+TEST(meta_training, learns_where_an_exit_answers_as_the_last_does) {
+  auto model = make_model<pre_block>(3);
+  model.meta = halting_head<double>({.features = features}, {6});
+  const auto x = random_matrix(200, features, 2);
+  exit_training_record<adaptive_depth<pre_block>> r;
+  auto g = make_gradient(model);
+  optimiser<double> adam({.weight_decay = 0});
+  double first = 0, last = 0;
+  for (int step = 0; step < 100; ++step) {
+    set_zero(model, g);
+    last = meta_exit_step(model, matrix_view<const double>(x), nothing{}, reduction::mean, r, g, {}).loss;
+    if (step == 0) first = last;
+    adam.step(model.meta, g.meta, 5e-2, {});
+  }
+  matrix<double> answers(2, 200);
+  meta_targets<double>(r.logits, 3, answers);
+  const double share = answers.mean();  // what a head that does not look at the states can know
+  EXPECT_LT(last, -share * std::log(share) - (1 - share) * std::log(1 - share) - 0.02);
+  EXPECT_LT(last, first);
+}
+TEST(meta_training, one_exit_has_nothing_to_learn_and_a_model_without_a_head_is_refused) {
+  const auto x = random_matrix(7, features, 2);
+  exit_training_record<adaptive_depth<pre_block>> r;
+  const auto one = make_model<pre_block>(1), three = make_model<pre_block>(3);
+  auto g = make_gradient(one), h = make_gradient(three);
+  EXPECT_EQ(meta_exit_step(one, matrix_view<const double>(x), nothing{}, reduction::mean, r, g, {}).loss, 0);
+  EXPECT_THROW((void)meta_exit_step(three, matrix_view<const double>(x), nothing{}, reduction::mean, r, h, {}), config_error);
 }
 TEST(adaptive_depth, same_bits_with_any_number_of_workers) {
   auto model = make_model<pre_block>(3);
