@@ -6,6 +6,8 @@
 
 #include <immintrin.h>
 
+#include <bit>
+
 // The plan of top_k.hpp for float in AVX-512: compressing lane numbers under the mask of a compare lists the survivors, and the
 // popcount of such a mask is a rank.
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <bit>
 #include <limits>
 #include <numeric>
 #include <span>
@@ -85,28 +84,18 @@ S group_threshold(const S* scores, index_t n, index_t k) {
   });
 }
 
-/// Keeps the scores >= t in the order of their indices; stops when there are too many.
+/// Keeps the scores >= t in the order of their indices; stops when there are too many. Every number is written and most are written over: a
+/// branch that is taken for one score in ten would cost more.
 template <class S>
 void collect_survivors(const S* scores, index_t n, S t, survivors<S>& kept) {
   constexpr index_t block = 64;
-  std::uint8_t flag[block];
   index_t m = 0;
-  for (index_t i = 0; i < n && m <= max_survivors; i += block) {
-    if (i + block <= n) {
-      for (index_t b = 0; b < block; ++b) flag[b] = scores[i + b] >= t;
-    } else {
-      for (index_t b = 0; b < block; ++b) flag[b] = i + b < n && scores[i + b] >= t;
+  for (index_t i = 0; i < n && m <= max_survivors; i += block)
+    for (index_t j = i; j < std::min(n, i + block); ++j) {
+      kept.index[m] = static_cast<std::int32_t>(j);
+      m += scores[j] >= t;
     }
-    for (index_t b = 0; b < block; b += 8) {
-      std::uint64_t word = 0;
-      for (index_t c = 0; c < 8; ++c) word |= static_cast<std::uint64_t>(flag[b + c]) << (8 * c);
-      for (; word != 0; word &= word - 1) {
-        const index_t at = i + b + std::countr_zero(word) / 8;
-        kept.value[m] = scores[at];
-        kept.index[m++] = static_cast<std::int32_t>(at);
-      }
-    }
-  }
+  for (index_t j = 0; j < m; ++j) kept.value[j] = scores[kept.index[j]];
   kept.count = m;
 }
 
@@ -115,15 +104,12 @@ template <int Width, class S>
 void rank_survivors(survivors<S>& kept, index_t k, S* values, std::int32_t* indices) {
   const index_t m = kept.count;
   std::fill(kept.value + m, kept.value + Width, lowest_score<S>);
-  std::int32_t rank[Width];
-  std::int32_t sum = 0;
-  for (index_t j = 0; j < m; ++j) {
-    const S v = kept.value[j];
-    std::int32_t larger = 0;
-    for (int i = 0; i < Width; ++i) larger += kept.value[i] > v;
-    rank[j] = larger;
-    sum += larger;
+  std::int32_t rank[Width] = {};
+  for (index_t i = 0; i < m; ++i) {
+    const S v = kept.value[i];
+    for (int j = 0; j < Width; ++j) rank[j] += v > kept.value[j];
   }
+  const index_t sum = std::accumulate(rank, rank + m, index_t{0});
   if (sum != m * (m - 1) / 2)  // equal scores: the earlier one comes first
     for (index_t j = 1; j < m; ++j)
       for (index_t i = 0; i < j; ++i) rank[j] += kept.value[i] == kept.value[j];
