@@ -802,6 +802,9 @@ TEST(lsh_attention, bad_options_and_inputs_are_errors) {
   refused([](config& c) { c.hash.buckets = {512, 512}; });
   refused([](config& c) { c.hash.family = hash_family::sign, c.hash.buckets = {6}; });
 
+  config both_ways = small();
+  both_ways.causal = false;
+  EXPECT_THROW((void)lsh_attention<double>(both_ways, {}).make_cache(1, 8), config_error);
   const lsh_attention<double> l(small(), {});
   matrix<double> x(20, 6), narrow(20, 5), y(20, 4), dx(20, 6);
   x.setOnes();

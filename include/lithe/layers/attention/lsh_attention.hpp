@@ -97,6 +97,7 @@ struct lsh_attention {
   using cache = lsh_cache<S>;
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
+    require<config_error>(config.causal, "lsh_attention: expected a causal layer to decode with");
     require<config_error>(config.hash.family != hash_family::external, "lsh_attention: decoding needs a hash of its own, not external bucket ids");
     return cache(hash, config, slots, capacity);
   }
