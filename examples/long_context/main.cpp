@@ -5,8 +5,10 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <numbers>
+#include <stdexcept>
 
 #include "long_model.hpp"
 
@@ -70,13 +72,13 @@ result train(const long_config& c, const run_config& r) {
   return out;
 }
 
-/// Trains in a process of its own, so that the system counts each length's peak memory for itself. Returns false if it failed.
+/// Trains in a process of its own, so that the system counts each length's peak memory for itself. Returns false if it failed and has said why.
 bool train_apart(const long_config& c, const run_config& r, result& out, double& peak) {
   int ends[2];
-  if (::pipe(ends) != 0) return false;
+  lithe::require<std::runtime_error>(::pipe(ends) == 0, "cannot open a pipe to the process that trains");
   std::fflush(stdout);
   const pid_t child = ::fork();
-  if (child < 0) return false;
+  lithe::require<std::runtime_error>(child >= 0, "cannot start a process that trains");
   if (child == 0) {
     int code = 1;
     try {
@@ -95,6 +97,9 @@ bool train_apart(const long_config& c, const run_config& r, result& out, double&
   rusage use{};
   ::wait4(child, &status, 0, &use);
   peak = gibibytes(use.ru_maxrss);
+  if (WIFSIGNALED(status))
+    std::fprintf(stderr, "long_context: signal %d ended the process that trains at %td bytes%s\n", WTERMSIG(status), c.length,
+                 WTERMSIG(status) == SIGKILL ? "; the system sends it when memory runs out" : "");
   return received && status == 0;
 }
 
