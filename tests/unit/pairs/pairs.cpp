@@ -188,8 +188,10 @@ TEST(pairs, that_do_not_go_together_are_refused_in_a_sentence) {
 
   // Buckets whose number follows from the length, or whose ids or directions are those of other sequences, and decoding.
   expect_refused<config_error>([] { bucket_attention<double>({.inputs = 8, .causal = true}, {1}); }, "buckets");
-  expect_refused<config_error>([] { (void)lsh_attention<double>({.inputs = 8, .hash = {.family = hash_family::external}}, {1}).make_cache(1, 8); },
-                               "decoding needs a hash of its own");
+  expect_refused<config_error>(
+      [] { (void)lsh_attention<double>({.inputs = 8, .causal = true, .hash = {.family = hash_family::external}}, {1}).make_cache(1, 8); },
+      "decoding needs a hash of its own");
+  expect_refused<config_error>([] { (void)lsh_attention<double>({.inputs = 8}, {1}).make_cache(1, 8); }, "expected a causal layer to decode with");
   expect_refused<config_error>([] { (void)local_attention<double>({.inputs = 8}, {1}).make_cache(1, 8); }, "expected a causal layer to decode with");
 
   // A rule that asks a predictor of exits, and a model without one.
