@@ -30,10 +30,10 @@ long_model trained(const long_config& c, std::span<const token_t> text, index_t 
   return model;
 }
 
-/// The input of each attention layer, and the layer.
+/// An attention layer, its input, and what exact attention makes of that.
 struct probe {
   lsh_attention<real> layer;
-  matrix<real> input;
+  matrix<real> input, exact{};
 };
 std::vector<probe> probes(const long_model& model, std::span<const token_t> ids, const context& ctx) {
   const index_t D = model.features();
@@ -88,10 +88,9 @@ double seconds(const L& layer, const probe& p, matrix<real>& y, const context& c
 }
 
 /// Adds a layer's output error, and what of the exact attention of some queries it meets: met(head, i, j) says whether i sees j.
-void judge(score& s, const probe& p, matrix_view<const real> exact, matrix_view<const real> y,
-           const std::function<bool(index_t, index_t, index_t)>& met) {
-  s.error += static_cast<double>((y.map() - exact.map()).squaredNorm());
-  s.squares += static_cast<double>(exact.map().squaredNorm());
+void judge(score& s, const probe& p, const matrix<real>& y, const std::function<bool(index_t, index_t, index_t)>& met) {
+  s.error += static_cast<double>((y - p.exact).squaredNorm());
+  s.squares += static_cast<double>(p.exact.squaredNorm());
   const index_t T = p.input.rows(), H = p.layer.config.heads, d = p.layer.config.head_width;
   matrix<real> q(T, H * d);
   p.layer.query_key.forward(p.input, q, {});
@@ -130,7 +129,7 @@ tables::table make(const tables::options& o) {
   long_config c{.layers = 2, .features = 128, .heads = 2, .seed = o.seed};
   long_model model = o.model.empty() ? trained(c, std::span(text).first(held_out), steps, ctx) : make_model(read_config(o.model));
   if (!o.model.empty()) load_model(o.model, model);
-  const auto all = probes(model, std::span(text).subspan(held_out, length_of_text), ctx);
+  auto all = probes(model, std::span(text).subspan(held_out, length_of_text), ctx);
 
   tables::table t{
       .title = "How close hashing comes to exact attention",
@@ -142,12 +141,11 @@ tables::table make(const tables::options& o) {
                   {.title = "Share of the 32 most attended keys", .x = "rounds", .y = "top-32 keys met", .by = "window", .log_x = true}}};
   double at_8 = 1, exact_seconds = 0;
   bool falling = true;
-  std::vector<matrix<real>> exact_outputs;
-  for (const probe& p : all) {
+  for (probe& p : all) {
     lsh_attention_config whole = p.layer.config;
     whole.exact_up_to = p.input.rows();
-    const auto layer = with_weights(lsh_attention<real>(whole, {}), p.layer);
-    exact_seconds += seconds(layer, p, exact_outputs.emplace_back(p.input.rows(), whole.outputs), ctx);
+    p.exact.resize(p.input.rows(), whole.outputs);
+    exact_seconds += seconds(with_weights(lsh_attention<real>(whole, {}), p.layer), p, p.exact, ctx);
   }
   const double us = 1e6 / static_cast<double>(length_of_text * std::ssize(all));  // of a second, over all tokens and layers
   for (const hash_family family : {hash_family::rotation, hash_family::sign})
@@ -156,9 +154,7 @@ tables::table make(const tables::options& o) {
       for (const index_t rounds : {1, 2, 4, 8, 16}) {
         tables::progress("attending", 0.85);
         score s;
-        for (std::size_t number = 0; number < all.size(); ++number) {
-          const probe& p = all[number];
-          const matrix<real>& exact = exact_outputs[number];
+        for (const probe& p : all) {
           const index_t T = p.input.rows(), H = p.layer.config.heads, chunk = p.layer.config.chunk;
           matrix<real> y(T, p.layer.config.outputs);
           const lsh_attention_config part = settings(p.layer, family, rounds);
@@ -171,7 +167,7 @@ tables::table make(const tables::options& o) {
             layer.forward(p.input, y, r, ctx);
             s.seconds += seconds(layer, p, y, ctx);
             s.largest_bucket = std::max(s.largest_bucket, layer.largest_bucket(r, ctx));
-            judge(s, p, exact, y, [&](index_t h, index_t i, index_t j) {
+            judge(s, p, y, [&](index_t h, index_t i, index_t j) {
               bool met = false;
               for (index_t k = h * rounds; k < (h + 1) * rounds; ++k) met = met || r.buckets.value(k, i) == r.buckets.value(k, j);
               return met;
@@ -189,7 +185,7 @@ tables::table make(const tables::options& o) {
               for (std::size_t b = 1; b < starts.size(); ++b) s.largest_bucket = std::max(s.largest_bucket, starts[b] - starts[b - 1]);
               for (index_t n = 0; n < T; ++n) place(k, order[static_cast<std::size_t>(n)]) = static_cast<std::int32_t>(n / chunk);
             }
-            judge(s, p, exact, y, [&](index_t h, index_t i, index_t j) {
+            judge(s, p, y, [&](index_t h, index_t i, index_t j) {
               bool met = false;
               for (index_t k = 0; k < rounds; ++k) {
                 // A round's first chunk sees the last of the round before.
