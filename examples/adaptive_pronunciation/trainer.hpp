@@ -155,12 +155,14 @@ inline lithe::exit_target_config oracle(const training_plan& r, const std::strin
 /// After the trunk, the choice of exits: the exit loss beside the decoder's (arXiv 1910.10073, section 5), or the learned confidence alone.
 inline pronouncer train_with_exits(pronouncer model, const dictionary& d, const model_config& c, const training_plan& r, const lithe::context& ctx) {
   if (r.exit_epochs == 0) return model;
-  training_config t{.mode = c.distribution == "meta" ? "meta" : "aligned", .batch = r.batch, .rate = c.distribution == "meta" ? r.rate : r.rate / 4};
+  const bool meta = c.distribution == "meta";
+  training_config t{.mode = meta ? "meta" : "aligned", .batch = r.batch, .rate = meta ? r.rate : r.rate / 4};
   t.exits.alpha = r.alpha;
   t.exits.detach = r.detach;
   t.exits.targets = oracle(r, c.distribution);
   trainer with_exits(std::move(model), t, steps_of(d, r.exit_epochs, r));
-  train(with_exits, d, r.exit_epochs, c.seed + 77, r, ctx, lithe::concat(c.distribution, " exits, ", r.oracle).c_str());
+  const std::string what = meta ? "learned confidence" : lithe::concat(c.distribution, " exits, ", r.oracle);
+  train(with_exits, d, r.exit_epochs, c.seed + 77, r, ctx, what.c_str());
   return std::move(with_exits.model);
 }
 inline pronouncer train_trunk(const dictionary& d, const model_config& c, const training_plan& r, const std::string& mode,
