@@ -75,7 +75,8 @@ struct training {
 };
 
 /// Trains on all facts, drawn at random; tell(share) hears how far it is.
-inline void learn(model& m, const corpus& known, const training& how, lithe::rng_key key, const lithe::context& base,
+template <class Model>
+void learn(Model& m, const corpus& known, const training& how, lithe::rng_key key, const lithe::context& base,
                   const std::function<void(double)>& tell) {
   using namespace lithe;
   optimiser<real> adam;
@@ -85,7 +86,7 @@ inline void learn(model& m, const corpus& known, const training& how, lithe::rng
   const learning_rate_schedule schedule{.learning_rate = how.rate, .warmup_steps = how.steps / 20, .total_steps = how.steps, .final_ratio = 0.02};
   const value_rate_schedule times{.times = how.value_times, .total_steps = how.steps};
   auto gradient = make_gradient(m);
-  model::record record;
+  record_of<Model> record;
   matrix<real> x, dx(batch, 2 * width), logits(batch, objects);
   std::vector<token_t> target;
   context ctx = base;
@@ -105,7 +106,8 @@ inline void learn(model& m, const corpus& known, const training& how, lithe::rng
 }
 
 /// The facts whose object comes out first.
-inline index_t recalled(const model& m, const corpus& known, const lithe::context& ctx) {
+template <class Model>
+index_t recalled(const Model& m, const corpus& known, const lithe::context& ctx) {
   matrix<real> x, logits(batch, objects);
   std::vector<token_t> target;
   index_t count = 0;

@@ -67,9 +67,9 @@ void print_head() {
   std::printf("\n%-26s %8s %12s %12s %12s %10s %10s %10s\n%-26s %8s %12s %12s %12s %10s %10s %10s\n", "model", "error", "parameters", "kFLOP",
               "cached bytes", "decode", "bits/byte", "bits/byte", "", "", "of attention", "a token", "a token", "us/token", "at once", "fine-tuned");
 }
-/// One line of the table.
-void report(const std::string& name, compressed::model m, double error, const corpus& data, const model_config& c, const settings& s,
-            const lithe::context& ctx) {
+/// One line of the table; the model after its fine-tuning.
+compressed::model report(const std::string& name, compressed::model m, double error, const corpus& data, const model_config& c, const settings& s,
+                         const lithe::context& ctx) {
   const auto size = compressed::size_of_attention(m);
   const double before = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
   const double flops = lithe::cost_of(m, c.context).flops;
@@ -79,6 +79,7 @@ void report(const std::string& name, compressed::model m, double error, const co
   std::printf("%-26s %8.4f %12td %12.0f %12td %10.1f %10.3f %10.3f\n", name.c_str(), error, size.parameters, flops / 1000, 4 * size.cached, decode,
               before, after);
   std::fflush(stdout);
+  return m;
 }
 
 int run(const settings& s) {
@@ -157,10 +158,8 @@ int run(const settings& s) {
       const compressed::model small = compressed::make(model, o, ctx, error);
       end_progress();
       parameters = compressed::size_of_attention(small).parameters;
-      report(concat(name, ", r = ", rank), small, error, data, c, s, ctx);
+      const compressed::model tuned = report(concat(name, ", r = ", rank), small, error, data, c, s, ctx);
       if (!s.save.empty() && fraction == s.save_fraction && method == decomposition_method::alternating) {
-        compressed::model tuned = small;
-        compressed::fit(tuned, data, c.context, {.steps = s.fine_tune_steps, .rate = s.fine_tune_rate}, ctx);
         save_model(s.save, tuned, {{"config", config_text(c)}, {"key_width", std::to_string(rank)}});
         std::printf("saved %s\n", s.save.c_str());
       }
