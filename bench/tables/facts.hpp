@@ -3,6 +3,7 @@
 // Random facts (subject, relation -> object) and models that learn them by heart, for the tables about what memories hold.
 
 #include <lithe/lithe.hpp>
+#include <numbers>
 
 #include "table.hpp"
 
@@ -77,7 +78,7 @@ struct training {
 /// Trains on all facts, drawn at random; tell(share) hears how far it is.
 template <class Model>
 void learn(Model& m, const corpus& known, const training& how, lithe::rng_key key, const lithe::context& base,
-                  const std::function<void(double)>& tell) {
+           const std::function<void(double)>& tell) {
   using namespace lithe;
   optimiser<real> adam;
   bool tables = false;
@@ -105,22 +106,32 @@ void learn(Model& m, const corpus& known, const training& how, lithe::rng_key ke
   }
 }
 
-/// The facts whose object comes out first.
+/// What a model knows of all facts.
+struct knowledge {
+  index_t recalled = 0;  ///< facts whose object comes out first
+  double bits = 0;       ///< cross-entropy of a fact's object, mean
+};
 template <class Model>
-index_t recalled(const Model& m, const corpus& known, const lithe::context& ctx) {
+knowledge test(const Model& m, const corpus& known, const lithe::context& ctx) {
   matrix<real> x, logits(batch, objects);
   std::vector<token_t> target;
-  index_t count = 0;
+  knowledge k;
   for (index_t first = 0; first < known.count; first += batch) {
     known.read([&](index_t i) { return std::min(first + i, known.count - 1); }, x, target);
     m.forward(x, logits, ctx);
-    for (index_t i = 0; i < std::min(batch, known.count - first); ++i) {
+    const index_t n = std::min(batch, known.count - first);
+    for (index_t i = 0; i < n; ++i) {
       index_t best = 0;
       logits.row(i).maxCoeff(&best);
-      count += best == target[static_cast<std::size_t>(i)];
+      k.recalled += best == target[static_cast<std::size_t>(i)];
     }
+    const lithe::matrix_view<const real> seen = logits;
+    k.bits += lithe::cross_entropy<real>(seen.slice_rows(0, n), std::span<const token_t>(target).first(static_cast<std::size_t>(n)),
+                                         {.reduce = lithe::reduction::sum}, lithe::matrix_view<real>(), ctx)
+                  .loss;
   }
-  return count;
+  k.bits /= static_cast<double>(known.count) * std::numbers::ln2;
+  return k;
 }
 
 /// What the compared layers of a model read when it sees the given facts: the input of its part 1.

@@ -1,7 +1,6 @@
 // What UltraMem's rank-1 filter finds of the exact top-m, by rank and by ratio of singular values, and the share of picks in the best pick's row or
 // column, which TDQKR is to lower (arXiv 2411.12364 section 3.2).
 #include <Eigen/QR>
-#include <set>
 
 #include "facts.hpp"
 
@@ -37,13 +36,12 @@ matrix<real> all_scores(const search_layer& k, index_t head, const matrix<real>&
   return R.transpose() * (sum * Q);
 }
 
-/// The picks that are among the m best of all scores [n x n]; `order` is room for the numbers of all pairs.
-index_t among_best(const matrix<real>& G, const slot_t* picks, index_t m, std::vector<slot_t>& order) {
-  order.resize(static_cast<std::size_t>(G.size()));
-  std::iota(order.begin(), order.end(), slot_t{0});
-  std::nth_element(order.begin(), order.begin() + m, order.end(), [&](slot_t a, slot_t b) { return G.data()[a] > G.data()[b]; });
-  const std::set<slot_t> best(order.begin(), order.begin() + m);
-  return std::count_if(picks, picks + m, [&](slot_t pick) { return best.contains(pick); });
+/// The picks that are among the m best of all scores [n x n], up to rounding of a tie; `order` is room for all scores.
+index_t among_best(const matrix<real>& G, const slot_t* picks, index_t m, std::vector<real>& order) {
+  order.assign(G.data(), G.data() + G.size());
+  std::nth_element(order.begin(), order.begin() + m - 1, order.end(), std::greater<>());
+  const real least = order[static_cast<std::size_t>(m - 1)], slack = 2e-6F * std::abs(least);
+  return std::count_if(picks, picks + m, [&](slot_t pick) { return G.data()[pick] >= least - slack; });
 }
 
 /// Searches with the filter and by brute force.
@@ -55,7 +53,7 @@ found compare_searches(const search_layer& k, const matrix<real>& q, const conte
   k.search(q, prepared, pairs, scores, ctx);
   index_t hits = 0, positive_hits = 0;
   double ratio = 0;
-  std::vector<slot_t> order;
+  std::vector<real> order;
   for (index_t head = 0; head < H; ++head) {
     std::vector<matrix<real>> factors(static_cast<std::size_t>(2 * r), matrix<real>(T, n));  // [axis][rank]
     for (index_t axis = 0; axis < 2; ++axis)

@@ -48,4 +48,44 @@ void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* v
     for (index_t d = 0; d < W; ++d) o(i, d) *= inverse[i];
 }
 
+/// Cached keys that several queries read: panels of so many keys, each transposed [D x panel_keys], one after the other. A product with them
+/// needs no packing and no sum across a packet, and reads memory in one stream.
+inline constexpr index_t panel_keys = 32;
+
+/// Writes the keys k [n x D] behind the `held` first ones.
+template <class S>
+void append_to_panels(matrix_view<const S> k, index_t held, S* panels) {
+  for (index_t t = 0, n = 0; t < k.rows(); t += n) {
+    const index_t j = (held + t) % panel_keys;
+    S* panel = panels + (held + t - j) * k.cols();
+    n = std::min(panel_keys - j, k.rows() - t);
+    if (j == 0)
+      detail::pack_transposed(k.row(t), k.stride(), n, k.cols(), panel, panel_keys);
+    else
+      for (index_t i = 0; i < n; ++i)
+        for (index_t d = 0; d < k.cols(); ++d) panel[d * panel_keys + j + i] = k(t + i, d);
+  }
+}
+/// k [N x D], all keys of the panels by row.
+template <class S>
+void read_panels(const S* panels, matrix_view<S> k, const context& ctx) {
+  ctx.exec->run((k.rows() + panel_keys - 1) / panel_keys, 4, [&](index_t first, index_t last) {
+    for (index_t p = first; p < last; ++p) {
+      const index_t n = std::min(panel_keys, k.rows() - p * panel_keys);
+      const matrix_view<const S> panel(panels + p * panel_keys * k.cols(), k.cols(), n, panel_keys);
+      k.slice_rows(p * panel_keys, n).map() = panel.map().transpose();
+    }
+  });
+}
+/// scores [M x whole panels] = qᵀ kᵀ, q [D x M] by columns: one pointer reaches the queries of a block. Behind the last key they are of no meaning.
+template <class S>
+void score_panels(matrix_view<const S> q, const S* panels, matrix_view<S> scores, const context& ctx) {
+  using namespace detail::tile;
+  ctx.exec->run(scores.cols() / panel_keys, 8, [&](index_t first, index_t last) {
+    for (index_t p = first; p < last; ++p)
+      product<S>(q.cols(), panel_keys, q.rows(), by_columns<S>{q.data(), q.stride()}, panels + p * panel_keys * q.rows(), panel_keys,
+                 scores.data() + p * panel_keys, scores.stride());
+  });
+}
+
 }  // namespace lithe::inline LITHE_ABI

@@ -52,10 +52,12 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
     return dot_rows(rows, cols, p.depth, p.a + first_row * p.a_row, p.a_row, p.b + first_col * p.b_stride, p.b_stride,
                     p.c + first_row * p.c_stride + first_col, p.c_stride, p.begin.at(first_row, first_col));
   if (p.b_storage == storage::panels && p.rows == 1) {
-    constexpr index_t step = row_panels * shape::width;
-    for (; cols >= step; first_col += step, cols -= step)
-      multiply_row(p.depth, p.a, p.b + first_col * p.depth, p.c + first_col, p.begin.at(0, first_col));
-    if (cols == 0) return;
+    const auto whole_panels = [&]<int P>(std::integral_constant<int, P>) {
+      for (constexpr index_t step = P * shape::width; cols >= step; first_col += step, cols -= step)
+        multiply_row<P>(p.depth, p.a, p.b + first_col * p.depth, p.c + first_col, p.begin.at(0, first_col));
+    };
+    whole_panels(std::integral_constant<int, 4>{});
+    whole_panels(std::integral_constant<int, 2>{});
   }
   const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
   const bool in_place = shallow || (by_rows && p.b_stride * std::min(p.depth, least_depth) <= cached_size);
@@ -99,9 +101,9 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
       const int vectors = static_cast<int>(width / shape::lanes);
       S* c = p.c + first_row * p.c_stride + j;
       if (n == width) {
-        const bool follows = p.b_storage == storage::panels && j + shape::width < p.cols;  // it is in memory, not made when its turn comes
-        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, begin.at(0, j),
-                          follows ? p.b + (j + shape::width) * p.depth + k0 * width : nullptr);
+        const bool last = j + shape::width >= p.cols, stored = p.b_storage == storage::panels;  // in memory, not made when its turn comes
+        const S* const next = !stored ? nullptr : last ? b : p.b + (j + shape::width) * p.depth + k0 * width;
+        multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, begin.at(0, j), next);
         continue;
       }
       // A last packet that reaches over the edge goes through a tile of its own.

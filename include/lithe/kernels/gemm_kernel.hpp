@@ -35,10 +35,14 @@ struct start {
   [[nodiscard]] start at(index_t i, index_t j) const { return from == nullptr ? start{} : start{from + i * row + j, row}; }
 };
 
-/// What the second-level cache is asked for meanwhile: `bytes` more with every step of a product's depth.
+inline constexpr index_t cache_line = 64;
+
+/// What is fetched from memory meanwhile, with every step of a product's depth: a row of b into the nearest cache, or into the second the line of
+/// an address that moves on by `bytes`.
 struct read_ahead {
   const char* from = nullptr;
   index_t bytes = 0;
+  bool row = false;
 };
 
 /// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
@@ -49,7 +53,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
-  constexpr index_t line = std::max<index_t>(1, 64 / static_cast<index_t>(sizeof(packet)));  // in packets
+  constexpr index_t line = std::max<index_t>(1, cache_line / static_cast<index_t>(sizeof(packet)));  // in packets
   packet sum[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; v += line) __builtin_prefetch(c + i * c_row + v * lanes, 1);
@@ -58,8 +62,16 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[i][v] = begin.from != nullptr ? ploadu<packet>(begin.from + i * begin.row + v * lanes) : pset1<packet>(S(0));
-  for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k, next.from += next.bytes) {
-    __builtin_prefetch(next.from, 0, 2);
+  constexpr index_t row_bytes = V * static_cast<index_t>(sizeof(packet));
+  for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
+    if (next.row) {
+#pragma GCC unroll 8
+      for (index_t at = 0; at < row_bytes; at += cache_line) __builtin_prefetch(next.from + at);
+      next.from += row_bytes;
+    } else {
+      __builtin_prefetch(next.from, 0, 2);
+      next.from += next.bytes;
+    }
     packet row[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) row[v] = ploadu<packet>(b + v * lanes);
@@ -76,17 +88,25 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
     for (int v = 0; v < V; ++v) pstoreu(c + i * c_row + v * lanes, sum[i][v]);
 }
 
-/// The same for `rows` rows, cut into tiles. `next`: the panel of b that is read after this one, or null.
+/// The same for `rows` rows, cut into tiles. `next`: the panel that is read after this one; b itself if b comes from memory but is the last; else null.
 template <class S, int V>
 void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row,
                    start<S> begin, const S* next) {
-  constexpr index_t full = tile_shape<S>::rows, line = 64;
-  const index_t tiles = std::max<index_t>(1, rows / full), row_bytes = V * static_cast<index_t>(sizeof(typename tile_shape<S>::packet));
-  read_ahead ahead{reinterpret_cast<const char*>(b)};
-  if (next != nullptr) ahead = {reinterpret_cast<const char*>(next), std::min(line, (row_bytes + tiles - 1) / tiles)};
+  constexpr index_t full = tile_shape<S>::rows, row_bytes = V * static_cast<index_t>(sizeof(typename tile_shape<S>::packet));
+  constexpr index_t near = index_t{1} << 14;  // bytes: the way of 0.3 us
+  // Many tiles have the time to fetch the whole next panel. With few the first, which waits for memory, reads ahead in its own, and the others begin
+  // with the next.
+  const index_t tiles = std::max<index_t>(1, rows / full);
+  const bool few = next != nullptr && tiles * cache_line < row_bytes;
+  const index_t step = next == nullptr || next == b ? 0 : std::min(cache_line, (row_bytes + tiles - 1) / tiles);
+  const auto at = [](const S* p) { return reinterpret_cast<const char*>(p); };
+  read_ahead ahead{at(next != nullptr ? next : b), step};
+  if (few) ahead = {at(b) + near, 0, true};
   index_t i = 0;
-  for (; i + full <= rows; i += full, ahead.from += depth * ahead.bytes)
+  for (; i + full <= rows; i += full) {
     multiply_tile<S, full, V>(depth, a + i * a_row, a_row, a_k, b, b_k, c + i * c_row, c_row, begin.at(i, 0), ahead);
+    ahead = ahead.row ? read_ahead{at(next), step} : read_ahead{ahead.from + depth * step, step};
+  }
   a += i * a_row;
   c += i * c_row;
   begin = begin.at(i, 0);
@@ -123,16 +143,14 @@ void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_
   }
 }
 
-inline constexpr index_t row_panels = 4;  // read at once by multiply_row: as many streams keep more of the memory's requests in flight
-
-/// c = begin + Σ_k a[k] b(k, :) for one row of a and `row_panels` whole panels that lie one after the other, [depth x width] each; the
-/// bits are those of multiply_tile.
-template <class S>
+/// c = begin + Σ_k a[k] b(k, :) for one row of a and P whole panels that lie one after the other, [depth x width] each: as many streams keep more
+/// of the memory's requests in flight. The bits are those of multiply_tile.
+template <int P, class S>
 void multiply_row(index_t depth, const S* a, const S* b, S* c, start<S> begin) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes, width = tile_shape<S>::width;
-  constexpr int P = row_panels, V = tile_shape<S>::vectors;
+  constexpr int V = tile_shape<S>::vectors;
   packet sum[P][V];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)

@@ -54,14 +54,14 @@ struct collaborative_attention : detail::collaborative_base<S> {
   /// For each token one key of width r for all heads, a content bias for each head, and the heads' values.
   struct cache {
     key_value_cache<S> slots;  // which sequence stands where; its own keys and values are empty
-    matrix<S> keys;            ///< (place, token) by row
+    matrix<S> keys;            ///< a place by row, in panels (`append_to_panels`)
     matrix<S> content;         ///< (place, head) by row, a column for each token
     matrix<S> values;          ///< (place, head, token) by row
   };
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
     cache c{.slots = {who, slots, capacity, 0, 1}, .keys = {}, .content = {}, .values = {}};
-    c.keys.resize(slots * capacity, config.key_width);
+    c.keys.resize(slots, whole_panels(capacity) * config.key_width);
     c.content.resize(slots * this->contents(), capacity);
     c.values.resize(slots * config.heads * capacity, value_width());
     return c;
@@ -97,7 +97,7 @@ struct collaborative_attention : detail::collaborative_base<S> {
   void permute(cache& c, std::span<const index_t> order) const {
     const index_t H = config.heads, B = this->contents(), capacity = c.slots.capacity;
     c.slots.permute(who, order, [&](index_t from, index_t to, index_t n) {
-      c.keys.middleRows(to * capacity, n) = c.keys.middleRows(from * capacity, n);
+      std::copy_n(c.keys.row(from).data(), whole_panels(n) * config.key_width, c.keys.row(to).data());
       c.content.middleRows(to * B, B).leftCols(n) = c.content.middleRows(from * B, B).leftCols(n);
       for (index_t h = 0; h < H; ++h) c.values.middleRows((to * H + h) * capacity, n) = c.values.middleRows((from * H + h) * capacity, n);
     });
@@ -118,7 +118,7 @@ struct collaborative_attention : detail::collaborative_base<S> {
   }
 
   static index_t place(const cache& c, index_t slot) { return c.slots.place[static_cast<std::size_t>(slot)]; }
-  matrix_view<S> keys(cache& c, index_t at) const { return matrix_view<S>(c.keys).slice_rows(at * c.slots.capacity, c.slots.capacity); }
+  static index_t whole_panels(index_t keys) { return (keys + panel_keys - 1) / panel_keys * panel_keys; }
   matrix_view<S> values(cache& c, index_t at, index_t h) const {
     return matrix_view<S>(c.values).slice_rows((at * config.heads + h) * c.slots.capacity, c.slots.capacity);
   }
@@ -129,7 +129,7 @@ struct collaborative_attention : detail::collaborative_base<S> {
     this->project_source(x, k.view(), b.view(), v.view(), ctx);
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, T) - i, slot = ctx.slot(s), at = place(c, slot), held = c.slots.tokens(slot);
-      keys(c, at).slice_rows(held, n).map() = k.view().slice_rows(i, n).map();
+      append_to_panels<S>(k.view().slice_rows(i, n), held, c.keys.row(at).data());
       for (index_t h = 0; h < B; ++h) std::copy_n(b.row(h) + i, n, c.content.data() + (at * B + h) * c.slots.capacity + held);
       for (index_t h = 0; h < config.heads; ++h)
         values(c, at, h).slice_rows(held, n).map() = v.view().slice_rows(i, n).slice_cols(h * value_width(), value_width()).map();
@@ -139,48 +139,52 @@ struct collaborative_attention : detail::collaborative_base<S> {
 
   /// The new queries of one sequence.
   void attend_cached(index_t s, matrix_view<const S> q, matrix_view<S> o, cache& c, const context& ctx) const {
-    const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, q.rows()) - i, slot = ctx.slot(s), at = place(c, slot), N = c.slots.tokens(slot);
-    const index_t H = config.heads, V = value_width();
-    if (n == 0) return;
+    const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, q.rows()) - i, slot = ctx.slot(s), N = c.slots.tokens(slot);
+    constexpr index_t few = 16;  // up to here the scores of all keys are worth their memory
+    if (n > few)
+      attend_by_tiles(place(c, slot), N, q.slice_rows(i, n), o.slice_rows(i, n), c, ctx);
+    else if (n > 0)
+      attend_by_panels(place(c, slot), N, q.slice_rows(i, n), o.slice_rows(i, n), c, ctx);
+  }
+  /// The content bias of a head, or null.
+  const S* content(const cache& c, index_t at, index_t h) const {
+    return this->contents() == 0 ? nullptr : c.content.data() + (at * config.heads + h) * c.slots.capacity;
+  }
+  void attend_by_tiles(index_t at, index_t N, matrix_view<const S> q, matrix_view<S> o, cache& c, const context& ctx) const {
+    constexpr index_t block = detail::attention_heads<S>::block;
+    const index_t n = q.rows(), H = config.heads, V = value_width();
     const detail::collaborative_heads<S> all{{H, H, V, static_cast<S>(config.scale), config.causal}, this->mixing, 0, {}};
-    const auto k = keys(c, at).slice_rows(0, N);
-    const auto content = [&](index_t h) { return this->contents() == 0 ? nullptr : c.content.data() + (at * H + h) * c.slots.capacity; };
-    constexpr index_t few = 4;  // up to here, reading the keys costs more than the products
-    if (n > few) {
-      constexpr index_t block = detail::attention_heads<S>::block;
-      const scratch<S> log_sum_exp(ctx, H, n);
-      ctx.exec->run((n + block - 1) / block * H, 1, [&](index_t first, index_t last) {
-        for (index_t piece = first; piece < last; ++piece) {
-          const index_t h = piece % H, t = piece / H * block, m = std::min(block, n - t);
-          const scratch<S> mixed(ctx, m, q.cols());
-          all.mix(q.slice_rows(i + t, m), h, mixed.view());
-          const detail::collaborative_mask<S> mask{
-              .plain = {.causal = config.causal, .ahead = N - n + t}, .scale = all.plain.scale, .content = content(h)};
-          attend<S>(mixed.view(), k, values(c, at, h).slice_rows(0, N), all.plain.scale, mask, o.slice_rows(i + t, m).slice_cols(h * V, V),
-                    log_sum_exp.row(h) + t, ctx);
-        }
-      });
-      return;
-    }
-    // The queries of all heads read each key once.
-    constexpr index_t together = 6, chunk = 256;
-    const scratch<S> mixed(ctx, H * n, q.cols()), scores(ctx, H * n, N);
-    for (index_t h = 0; h < H; ++h) all.mix(q.slice_rows(i, n), h, mixed.view().slice_rows(h * n, n));
-    ctx.exec->run(N, chunk, [&](index_t first, index_t last) {
-      for (index_t row = 0; row < H * n; row += together) {
-        const index_t m = std::min(together, H * n - row);
-        gemm_nt<S>(mixed.view().slice_rows(row, m), k.slice_rows(first, last - first),
-                   scores.view().slice_rows(row, m).slice_cols(first, last - first), ctx);
+    const scratch<S> log_sum_exp(ctx, H, n), k(ctx, N, q.cols());
+    read_panels<S>(c.keys.row(at).data(), k.view(), ctx);
+    ctx.exec->run((n + block - 1) / block * H, 1, [&](index_t first, index_t last) {
+      for (index_t piece = first; piece < last; ++piece) {
+        const index_t h = piece % H, t = piece / H * block, m = std::min(block, n - t);
+        const scratch<S> mixed(ctx, m, q.cols());
+        all.mix(q.slice_rows(t, m), h, mixed.view());
+        const detail::collaborative_mask<S> mask{
+            .plain = {.causal = config.causal, .ahead = N - n + t}, .scale = all.plain.scale, .content = content(c, at, h)};
+        attend<S>(mixed.view(), k.view(), values(c, at, h).slice_rows(0, N), all.plain.scale, mask, o.slice_rows(t, m).slice_cols(h * V, V),
+                  log_sum_exp.row(h) + t, ctx);
       }
     });
+  }
+  /// Every key is read once, for the queries of all heads.
+  void attend_by_panels(index_t at, index_t N, matrix_view<const S> q, matrix_view<S> o, cache& c, const context& ctx) const {
+    const index_t n = q.rows(), H = config.heads, V = value_width();
+    const auto scale = static_cast<S>(config.scale);
+    const scratch<S> mixed(ctx, q.cols(), H * n), scores(ctx, H * n, whole_panels(N));
+    for (index_t d = 0; d < q.cols(); ++d)
+      for (index_t h = 0; h < H; ++h)
+        for (index_t t = 0; t < n; ++t) mixed.row(d)[h * n + t] = q(t, d) * this->mixing(h, d);
+    score_panels<S>(mixed.view(), c.keys.row(at).data(), scores.view(), ctx);
     ctx.exec->run(H, 1, [&](index_t first, index_t last) {
       for (index_t h = first; h < last; ++h) {
-        const matrix_view<S> p = scores.view().slice_rows(h * n, n), v = values(c, at, h), out = o.slice_rows(i, n).slice_cols(h * V, V);
+        const matrix_view<S> p = scores.view().slice_rows(h * n, n), v = values(c, at, h), out = o.slice_cols(h * V, V);
         const auto visible = [&](index_t t) { return config.causal ? N - n + t + 1 : N; };
         for (index_t t = 0; t < n; ++t) {
           auto weights = p.slice_cols(0, visible(t)).row_array(t);
-          if (const S* b = content(h)) weights += typename matrix_view<const S>::row_type(b, visible(t));
-          weights = (all.plain.scale * (weights - weights.maxCoeff())).exp();
+          if (const S* b = content(c, at, h)) weights += typename matrix_view<const S>::row_type(b, visible(t));
+          weights = (scale * (weights - weights.maxCoeff())).exp();
           weights /= weights.sum();
         }
         // What all queries see in one product, and nothing that a query does not see: 0 times a NaN is not 0.
