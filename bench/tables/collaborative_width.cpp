@@ -9,17 +9,19 @@ using namespace lithe;
 
 constexpr index_t D = 128, H = 4, layers = 2, T = 128;
 
-/// `shared` = false: heads of width r / H each, whose mixing matrix is one-hot blocks and stays so.
+/// `shared` = false: heads of width r / H each, whose mixing matrix is one-hot blocks and stays so. Both scale scores by the width that they have:
+/// shared heads trained from scratch at the scale of wider ones start with scores too small to learn from.
 compressed::model make_model(index_t r, bool shared, std::uint64_t seed) {
   const rng_key key{seed};
   stack<compressed::part> parts;
   for (index_t i = 0; i < layers; ++i) {
     const rng_key k = key.child(static_cast<std::uint64_t>(100 + i));
-    collaborative_attention_config c{.inputs = D, .heads = H, .key_width = r, .causal = true};
-    if (!shared) {
-      c.mixing = mixing_start::concatenate;
-      c.scale = std::sqrt(static_cast<double>(H) / static_cast<double>(r));
-    }
+    const collaborative_attention_config c{.inputs = D,
+                                           .heads = H,
+                                           .key_width = r,
+                                           .causal = true,
+                                           .mixing = shared ? mixing_start::xavier_uniform : mixing_start::concatenate,
+                                           .scale = std::sqrt(static_cast<double>(H) / static_cast<double>(r))};
     const auto add = [&](compressed::layer l) { parts.blocks.push_back({sequential(layer_norm<real>(D), std::move(l), dropout<real>(0))}); };
     add(collaborative_attention<real>(c, k.child(0)));
     add(feed_forward<real>({.features = D, .hidden = 2 * D, .kind = activation::gelu}, k.child(1)));
@@ -44,7 +46,7 @@ tables::table make(const tables::options& o) {
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
   const corpus data(LITHE_DATA "/kjv_new_testament.txt", T);
-  const index_t steps = o.pick<index_t>(3, 400, 2000), seeds = o.pick<index_t>(2, 5, 5), pieces = o.pick<index_t>(4, 100, 300);
+  const index_t steps = o.pick<index_t>(3, 2000, 2000), seeds = o.pick<index_t>(2, 2, 5), pieces = o.pick<index_t>(4, 100, 300);
   tables::table t{.title = "Key width, shared or divided among the heads",
                   .source = "arXiv 2006.16362, first version, table 2",
                   .question = concat(steps, " steps of ", compressed::batch, " x ", T, " bytes of the bundled text, ", layers, " layers of ", H,
