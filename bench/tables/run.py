@@ -5,7 +5,7 @@
     python3 bench/tables/run.py --build build/release            # all tables, then build/release/tables/index.html
     python3 bench/tables/run.py --build build/release --quick    # seconds each: shows that everything works
     python3 bench/tables/run.py --build build/release --only flat_keys --full
-    python3 bench/tables/run.py --render bench/tables/results    # a page of results that were kept
+    python3 bench/tables/run.py --render bench/tables/results    # a page of the long runs that were kept
 
 Needs python3-matplotlib. Each program prints its table and writes JSON; this adds the command and the commit, draws every figure as SVG
 and renders one HTML page on which each figure stands beside the command that made it.
@@ -122,8 +122,10 @@ def section(name, result, output):
 """
 
 
-def render(output):
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(output.glob("*.json"))}
+def render(source, output):
+    """The page of all results in `source`."""
+    output.mkdir(parents=True, exist_ok=True)
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
     contents = "".join(f'<li><a href="#{name}">{html.escape(r["title"])}</a>: {html.escape(r["finding"])}</li>' for name, r in results.items())
     body = "".join(section(name, r, output) for name, r in results.items())
     page = output / "index.html"
@@ -137,13 +139,14 @@ def main():
     parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/release"), help="build folder with the table programs")
     parser.add_argument("--output", type=pathlib.Path, help="folder for JSON, SVG and the page; default: tables in the build folder")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these tables alone")
-    parser.add_argument("--render", type=pathlib.Path, metavar="FOLDER", help="run nothing, draw the page of the results in this folder")
+    parser.add_argument("--render", type=pathlib.Path, metavar="FOLDER", help="run nothing, draw the page of the results in this folder (into --output)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_const", dest="length", const=["--quick"], default=[])
     length.add_argument("--full", action="store_const", dest="length", const=["--full"])
     asked = parser.parse_args()
+    output = asked.output or asked.build / "tables"
     if asked.render:
-        return render(asked.render)
+        return render(asked.render, output)
     programs = sorted(p for p in (asked.build.resolve() / "bench" / "tables").glob("table_*") if p.is_file())
     if asked.only:
         unknown = set(asked.only) - {p.name.removeprefix("table_") for p in programs}
@@ -152,10 +155,9 @@ def main():
         programs = [p for p in programs if p.name.removeprefix("table_") in asked.only]
     if not programs:
         sys.exit(f"run.py: no table programs in {asked.build}; build them first: cmake --build {asked.build} --target tables")
-    output = asked.output or asked.build / "tables"
     output.mkdir(parents=True, exist_ok=True)
     failed = [p.name for p in programs if make(p, asked.length, output) is None]
-    render(output)
+    render(output, output)
     if failed:
         sys.exit(f"run.py: failed: {', '.join(failed)}")
 
