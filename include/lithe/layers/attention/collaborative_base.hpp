@@ -27,7 +27,7 @@ struct collaborative_attention_config {
   bool value_bias = true;
   bool projected = true;  ///< an output projection (with bias); without it y is the heads side by side
   mixing_start mixing = mixing_start::normal;
-  double scale = 0;    ///< of the scores; 0: 1/√(inputs / heads), which does not change with r
+  double scale = 0;    ///< of the scores; 0: 1/√(inputs / heads), as re-parametrised heads need; a small r learns sooner from scratch at √(heads / r)
   double dropout = 0;  ///< of the weights behind the softmax, under context::train
 };
 
