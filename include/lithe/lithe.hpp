@@ -34,6 +34,7 @@
 #include "lithe/kernels/key_norm.hpp"
 #include "lithe/kernels/matrix_vector.hpp"
 #include "lithe/kernels/norm.hpp"
+#include "lithe/kernels/prefetch.hpp"
 #include "lithe/kernels/product_top_k.hpp"
 #include "lithe/kernels/rotary.hpp"
 #include "lithe/kernels/sort_rows.hpp"

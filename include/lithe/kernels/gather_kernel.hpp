@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <span>
 
+#include "lithe/kernels/prefetch.hpp"
 #include "lithe/tensor/row_gradient.hpp"
 
 // Sums and dot products over rows that lie anywhere in a big table, on Eigen's packets. Reading 1 KiB of many rows instead of whole
@@ -10,7 +11,6 @@
 
 namespace lithe::inline LITHE_ABI::detail {
 
-inline constexpr index_t line_bytes = 64;
 inline constexpr index_t stream_bytes = index_t{4} << 20;  // outputs beyond the second-level caches are written around them
 /// Columns of one piece of a row: 1 KiB, sixteen registers of AVX-512.
 template <class S>
@@ -18,12 +18,6 @@ inline constexpr index_t sum_columns = 1024 / static_cast<index_t>(sizeof(S));
 
 inline bool slots_in_range(std::span<const slot_t> slots, index_t rows) {
   return std::all_of(slots.begin(), slots.end(), [&](slot_t s) { return s >= -1 && s < rows; });
-}
-
-template <index_t Bytes>
-void prefetch(const void* p) {
-#pragma GCC unroll 16
-  for (index_t b = 0; b < Bytes; b += line_bytes) __builtin_prefetch(static_cast<const char*>(p) + b);
 }
 
 // Stores around the caches, where the machine has them; `to` is aligned to the packet. The fence makes them visible to whoever

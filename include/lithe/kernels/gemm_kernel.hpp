@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "lithe/core/config.hpp"
+#include "lithe/kernels/prefetch.hpp"
 
 // The register tile under every matrix product, on Eigen's packets: one source for every instruction set Eigen knows, with fused
 // multiply-adds wherever the machine has them. There is no intrinsic in it, so there is no second path beside it.
@@ -35,8 +35,6 @@ struct start {
   [[nodiscard]] start at(index_t i, index_t j) const { return from == nullptr ? start{} : start{from + i * row + j, row}; }
 };
 
-inline constexpr index_t cache_line = 64;
-
 /// What is fetched from memory meanwhile, with every step of a product's depth: a row of b into the nearest cache, or into the second the line of
 /// an address that moves on by `bytes`.
 struct read_ahead {
@@ -53,7 +51,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
-  constexpr index_t line = std::max<index_t>(1, cache_line / static_cast<index_t>(sizeof(packet)));  // in packets
+  constexpr index_t line = std::max<index_t>(1, line_bytes / static_cast<index_t>(sizeof(packet)));  // in packets
   packet sum[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; v += line) __builtin_prefetch(c + i * c_row + v * lanes, 1);
@@ -65,8 +63,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
   constexpr index_t row_bytes = V * static_cast<index_t>(sizeof(packet));
   for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
     if (next.row) {
-#pragma GCC unroll 8
-      for (index_t at = 0; at < row_bytes; at += cache_line) __builtin_prefetch(next.from + at);
+      prefetch<row_bytes>(next.from);
       next.from += row_bytes;
     } else {
       __builtin_prefetch(next.from, 0, 2);
@@ -97,8 +94,8 @@ void multiply_rows(index_t rows, index_t depth, const S* a, index_t a_row, index
   // Many tiles have the time to fetch the whole next panel. With few the first, which waits for memory, reads ahead in its own, and the others begin
   // with the next.
   const index_t tiles = std::max<index_t>(1, rows / full);
-  const bool few = next != nullptr && tiles * cache_line < row_bytes;
-  const index_t step = next == nullptr || next == b ? 0 : std::min(cache_line, (row_bytes + tiles - 1) / tiles);
+  const bool few = next != nullptr && tiles * line_bytes < row_bytes;
+  const index_t step = next == nullptr || next == b ? 0 : std::min(line_bytes, (row_bytes + tiles - 1) / tiles);
   const auto at = [](const S* p) { return reinterpret_cast<const char*>(p); };
   read_ahead ahead{at(next != nullptr ? next : b), step};
   if (few) ahead = {at(b) + near, 0, true};
