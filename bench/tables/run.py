@@ -124,7 +124,6 @@ def section(name, result, output):
 
 def render(source, output):
     """The page of all results in `source`."""
-    output.mkdir(parents=True, exist_ok=True)
     results = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
     contents = "".join(f'<li><a href="#{name}">{html.escape(r["title"])}</a>: {html.escape(r["finding"])}</li>' for name, r in results.items())
     body = "".join(section(name, r, output) for name, r in results.items())
@@ -145,6 +144,7 @@ def main():
     length.add_argument("--full", action="store_const", dest="length", const=["--full"])
     asked = parser.parse_args()
     output = asked.output or asked.build / "tables"
+    output.mkdir(parents=True, exist_ok=True)
     if asked.render:
         return render(asked.render, output)
     programs = sorted(p for p in (asked.build.resolve() / "bench" / "tables").glob("table_*") if p.is_file())
@@ -155,7 +155,6 @@ def main():
         programs = [p for p in programs if p.name.removeprefix("table_") in asked.only]
     if not programs:
         sys.exit(f"run.py: no table programs in {asked.build}; build them first: cmake --build {asked.build} --target tables")
-    output.mkdir(parents=True, exist_ok=True)
     failed = [p.name for p in programs if make(p, asked.length, output) is None]
     render(output, output)
     if failed:

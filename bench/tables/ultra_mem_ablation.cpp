@@ -136,9 +136,8 @@ struct outcome {
   double bits_per_byte, training_rate;  // tokens a second
   index_t parameters;
 };
-outcome on_text(const variant& v, const tables::options& o, const context& ctx, const std::function<void(double)>& tell) {
-  const model_config c;
-  const corpus data(LITHE_DATA "/kjv_new_testament.txt", c.context);
+outcome on_text(const variant& v, const model_config& c, const corpus& data, const tables::options& o, const context& ctx,
+                const std::function<void(double)>& tell) {
   const rng_key key{o.seed};
   text_model model(embedding<real>({.tokens = byte_values, .features = c.features, .positions = c.context, .deviation = 1}, key.child(0)),
                    make_blocks<text_mix>(v, c.features, c.hidden, key.child(1),
@@ -169,10 +168,12 @@ tables::table make(const tables::options& o) {
   const parallel_executor exec(o.workers);
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
+  const model_config c;
+  const corpus data(LITHE_DATA "/kjv_new_testament.txt", c.context);
   const bool single = o.run != tables::length::usual;
   // Tables too small for all facts, or every variant would know them.
   const auto for_facts = variants(tables::facts::width, o.pick<index_t>(32, 40, 40), 32, 16, single);
-  const auto for_text = variants(model_config{}.features, o.pick<index_t>(32, 256, 256), 32, 16, single);
+  const auto for_text = variants(c.features, o.pick<index_t>(32, 256, 256), 32, 16, single);
   tables::table t{.title = "From product keys to UltraMem",
                   .source = "arXiv 2411.12364 section 4.5, table 5",
                   .question =
@@ -192,7 +193,7 @@ tables::table make(const tables::options& o) {
       };
     };
     shares.push_back(v.looks_back ? shares[v.base] : on_facts(v, o, ctx, tell(0)));
-    const outcome text = on_text(for_text[i], o, ctx, tell(0.5));
+    const outcome text = on_text(for_text[i], c, data, o, ctx, tell(0.5));
     bits.push_back(text.bits_per_byte);
     const double more = shares[i] - shares[v.base], bits_more = bits[i] - bits[v.base];
     const nlohmann::json none;
