@@ -21,9 +21,10 @@ struct corpus {
   std::vector<token_t> text;
   index_t held_out;
 
-  corpus(const std::string& path, index_t context) : text(read_text(path)), held_out(static_cast<index_t>(text.size()) * 95 / 100) {
+  corpus(const std::string& path, index_t context) : corpus(read_text(path), context, path) {}
+  corpus(std::vector<token_t> all, index_t context, const std::string& name) : text(std::move(all)), held_out(static_cast<index_t>(text.size()) * 95 / 100) {
     const index_t need = 20 * (context + 1);  // so that the last 5 % hold one context and its next byte
-    lithe::require<lithe::io_error>(static_cast<index_t>(text.size()) >= need, path, ": expected at least ", need, " bytes of text for a context of ", context,
+    lithe::require<lithe::io_error>(static_cast<index_t>(text.size()) >= need, name, ": expected at least ", need, " bytes of text for a context of ", context,
                                     ", found ", text.size());
   }
 };
