@@ -1,6 +1,7 @@
 #pragma once
 
 #include "lithe/kernels/matrix_vector.hpp"
+#include "lithe/tensor/large_array.hpp"
 #include "lithe/tensor/scratch.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -187,37 +188,50 @@ void gemm_tn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, c
                       ctx);
 }
 
-/// A weight [n x k] stored so that products x wᵀ need no packing: panels of tile_shape<S>::width rows of w, each transposed, the
-/// last one as wide as whole packets need. Empty until `assign`.
+/// Rows [n x k] of a packed_matrix.
+template <class S>
+struct packed_view {
+  const S* data;
+  index_t rows, cols;
+
+  /// `n` rows from `first` on, which must be a multiple of tile_shape<S>::width.
+  [[nodiscard]] packed_view slice_rows(index_t first, index_t n) const { return {data + first * cols, n, cols}; }
+};
+
+/// Weights [n x k], one or several of one shape below each other, stored so that products x wᵀ need no packing: each as panels of
+/// tile_shape<S>::width of its rows, transposed, the last one as wide as whole packets need. Empty until `assign`.
 template <class S>
 class packed_matrix {
  public:
-  [[nodiscard]] bool empty() const { return panels_.size() == 0; }
-  [[nodiscard]] index_t rows() const { return rows_; }
-  [[nodiscard]] index_t cols() const { return cols_; }
-  [[nodiscard]] const S* data() const { return panels_.data(); }
-  void assign(matrix_view<const S> w) {
-    rows_ = w.rows();
+  [[nodiscard]] bool empty() const { return panels_.empty(); }
+  /// The i-th weight.
+  [[nodiscard]] packed_view<S> part(index_t i) const { return {panels_.data() + i * detail::round_up<S>(rows_) * cols_, rows_, cols_}; }
+  operator packed_view<S>() const { return part(0); }
+  void assign(matrix_view<const S> w, index_t parts = 1) {
+    LITHE_ASSERT(w.rows() % parts == 0);
+    rows_ = w.rows() / parts;
     cols_ = w.cols();
-    panels_.resize(1, detail::round_up<S>(rows_) * cols_);
-    for (index_t j = 0; j < rows_; j += detail::tile_shape<S>::width) {
-      const index_t n = std::min(rows_ - j, detail::tile_shape<S>::width);
-      detail::pack_transposed(w.row(j), w.stride(), n, cols_, panels_.data() + j * cols_, detail::round_up<S>(n));
-    }
+    const index_t padded = detail::round_up<S>(rows_), size = parts * padded * cols_;
+    if (panels_.size() != size) panels_ = detail::large_array<S>(size);
+    for (index_t i = 0; i < parts; ++i)
+      for (index_t j = 0; j < rows_; j += detail::tile_shape<S>::width) {
+        const index_t n = std::min(rows_ - j, detail::tile_shape<S>::width);
+        detail::pack_transposed(w.row(i * rows_ + j), w.stride(), n, cols_, panels_.data() + (i * padded + j) * cols_, detail::round_up<S>(n));
+      }
   }
   void clear() { *this = {}; }
 
  private:
   index_t rows_ = 0, cols_ = 0;
-  matrix<S> panels_;
+  detail::large_array<S> panels_;
 };
 
 /// c = 1 rowᵀ + a wᵀ or c += a wᵀ for a packed w; a [m x k], w [n x k], c [m x n], row [n] or null for none.
 template <class S>
-void gemm_packed(matrix_view<const S> a, const packed_matrix<S>& w, matrix_view<S> c, const context& ctx, update mode = update::assign,
+void gemm_packed(matrix_view<const S> a, packed_view<S> w, matrix_view<S> c, const context& ctx, update mode = update::assign,
                  const S* row = nullptr) {
-  LITHE_ASSERT(a.cols() == w.cols() && c.rows() == a.rows() && c.cols() == w.rows());
-  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data(), 0, detail::storage::panels, c.data(), c.stride(),
+  LITHE_ASSERT(a.cols() == w.cols && c.rows() == a.rows() && c.cols() == w.rows);
+  detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data, 0, detail::storage::panels, c.data(), c.stride(),
                        detail::start_of(c, mode, row)},
                       ctx);
 }

@@ -82,7 +82,7 @@ struct mixture_of_experts {
   linear<S> router;
   matrix<S> up, gate;  // [E F x D], one expert below the other; gate only if gated
   matrix<S> down;      // [E D x F]
-  std::vector<packed_matrix<S>> packed_up, packed_gate, packed_down;  // by blocks of rows, made by `prepack`
+  packed_matrix<S> packed_up, packed_gate, packed_down;  // an expert a part, made by `prepack`
 
   mixture_of_experts() = default;
   /// Weights start at U(±1/√inputs), as those of `linear`.
@@ -186,9 +186,9 @@ struct mixture_of_experts {
   }
 
   void prepack() {
-    pack(up, config.hidden, packed_up);
-    pack(gate, config.hidden, packed_gate);
-    pack(down, config.features, packed_down);
+    packed_up.assign(up, config.experts);
+    if (config.gated) packed_gate.assign(gate, config.experts);
+    packed_down.assign(down, config.experts);
   }
   void refresh() {
     if (!packed_up.empty()) prepack();
@@ -213,7 +213,6 @@ struct mixture_of_experts {
  private:
   static constexpr index_t block = 256;  // rows of a weight: one token through one expert is then work for several workers
 
-  static index_t blocks(index_t rows) { return (rows + block - 1) / block; }
   void check(matrix_view<const S> x, matrix_view<S> y) const {
     const shape out = output_shape(x);
     require_shape("mixture_of_experts", "y", y, out.rows, out.cols);
@@ -228,14 +227,6 @@ struct mixture_of_experts {
   void each_active(const detail::grouped_routes& groups, F&& f) const {
     for (index_t i = 0; i < groups.actives; ++i) f(static_cast<index_t>(groups.active[i]));
   }
-  void pack(const matrix<S>& stacked, index_t rows, std::vector<packed_matrix<S>>& packed) const {
-    packed.resize(static_cast<std::size_t>(stacked.rows() / rows * blocks(rows)));
-    for (index_t i = 0; i < static_cast<index_t>(packed.size()); ++i) {
-      const index_t e = i / blocks(rows), first = i % blocks(rows) * block;
-      packed[static_cast<std::size_t>(i)].assign(of_expert(view(stacked), e).slice_rows(first, std::min(block, rows - first)));
-    }
-  }
-
   /// p = softmax(W_r x) and logsumexp.
   void route(matrix_view<const S> x, matrix_view<S> p, matrix_view<S> log_sum, const context& ctx) const {
     router.forward(x, p, ctx);
@@ -272,9 +263,9 @@ struct mixture_of_experts {
     });
   }
   /// out = in Wᵀ, the rows of each expert by its weights.
-  void multiply(matrix_view<const S> in, const detail::grouped_routes& groups, const matrix<S>& stacked, const std::vector<packed_matrix<S>>& packed,
+  void multiply(matrix_view<const S> in, const detail::grouped_routes& groups, const matrix<S>& stacked, const packed_matrix<S>& packed,
                 matrix_view<S> out, const context& ctx) const {
-    const index_t rows = out.cols(), parts = blocks(rows);
+    const index_t rows = out.cols(), parts = (rows + block - 1) / block;
     ctx.exec->run(groups.actives * parts, 1, [&](index_t piece, index_t) {
       const index_t e = groups.active[piece / parts], first = piece % parts * block, n = std::min(block, rows - first);
       const auto a = groups.of(in, e);
@@ -282,7 +273,7 @@ struct mixture_of_experts {
       if (packed.empty())
         gemm_nt<S>(a, of_expert(view(stacked), e).slice_rows(first, n), c, ctx);
       else
-        gemm_packed<S>(a, packed[static_cast<std::size_t>(e * parts + piece % parts)], c, ctx);
+        gemm_packed<S>(a, packed.part(e).slice_rows(first, n), c, ctx);
     });
   }
   void activate_hidden(matrix_view<const S> u, matrix_view<const S> v, matrix_view<S> h, const context& ctx) const {

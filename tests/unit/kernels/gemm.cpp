@@ -306,24 +306,38 @@ TYPED_TEST(gemm, allocates_nothing_when_called_again) {
 #endif
 }
 
+TEST(packed_matrix, holds_weights_below_each_other_and_slices_of_them) {
+  constexpr index_t parts = 3, n = 150, k = 37;
+  const matrix<float> m = matrix<float>::Random(parts * n, k), x = matrix<float>::Random(11, k);
+  packed_matrix<float> w;
+  w.assign(m, parts);
+  for (index_t i = 0; i < parts; ++i)
+    for (const index_t first : {index_t{0}, index_t{2 * detail::tile_shape<float>::width}}) {
+      const index_t rows = n - first;
+      matrix<float> y(11, rows), expected(11, rows);
+      gemm_packed<float>(x, w.part(i).slice_rows(first, rows), y, {});
+      gemm_nt<float>(x, view(m).slice_rows(i * n + first, rows), expected, {});
+      EXPECT_EQ(y, expected) << "part " << i << " from row " << first;
+    }
+}
+
 TEST(packed_matrix, copies_clears_and_refreshes) {
   packed_matrix<float> w;
   EXPECT_TRUE(w.empty());
   const matrix<float> m = matrix<float>::Random(70, 20), other = matrix<float>::Random(9, 20), x = matrix<float>::Random(12, 20);
   w.assign(m);
   EXPECT_FALSE(w.empty());
-  EXPECT_EQ(w.rows(), 70);
-  EXPECT_EQ(w.cols(), 20);
+  EXPECT_EQ(w.part(0).rows, 70);
+  EXPECT_EQ(w.part(0).cols, 20);
   const packed_matrix<float> copy = w;
   w.assign(other);
-  EXPECT_EQ(w.rows(), 9);
+  EXPECT_EQ(w.part(0).rows, 9);
   matrix<float> y(12, 70), expected(12, 70);
   gemm_packed<float>(x, copy, y, {});
   gemm_nt<float>(x, m, expected, {});
   EXPECT_EQ(y, expected);
   w.clear();
   EXPECT_TRUE(w.empty());
-  EXPECT_EQ(w.rows(), 0);
 }
 
 TEST(gemm_nested, runs_inside_the_body_of_a_loop) {

@@ -36,7 +36,7 @@ struct product_keys {
 
   matrix<S> keys;  // [tables sub_keys x width], tables in the order [head][half]
   product_keys_config config;
-  std::vector<packed_matrix<S>> packed;
+  packed_matrix<S> packed;
 
   product_keys() = default;
   /// Keys start at U(±1/√width), drawn as in the authors' code: std::mt19937 seeded by 2 head + half (flat: head; shared: 0).
@@ -145,10 +145,7 @@ struct product_keys {
       scatter_add<S>(picked(group), q.slice_cols(group * config.width, config.width), table_of(g.keys, group), ctx);
   }
 
-  void prepack() {
-    packed.resize(static_cast<std::size_t>(tables()));
-    for (index_t t = 0; t < tables(); ++t) packed[static_cast<std::size_t>(t)].assign(keys_of(t));
-  }
+  void prepack() { packed.assign(keys, tables()); }
   void refresh() {
     if (!packed.empty()) prepack();
   }
@@ -181,7 +178,7 @@ struct product_keys {
     if (packed.empty())
       gemm_nt<S>(q, keys_of(group), scores, ctx);
     else
-      gemm_packed<S>(q, packed[static_cast<std::size_t>(config.shared ? 0 : group)], scores, ctx);
+      gemm_packed<S>(q, packed.part(config.shared ? 0 : group), scores, ctx);
   }
 };
 

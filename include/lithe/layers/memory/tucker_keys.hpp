@@ -55,7 +55,8 @@ struct tucker_keys {
   matrix<S> u, t;   // [H x r]
   // Functions of the parameters, made by `prepack`: the normed keys, and those with u or t folded in.
   matrix<S> unit, filter;
-  std::vector<packed_matrix<S>> packed, packed_ranks;
+  packed_matrix<S> packed;                     // the filter's, a head and axis a part
+  std::vector<packed_matrix<S>> packed_ranks;  // the same of each rank's
 
   tucker_keys() = default;
   /// Keys start at N(0, 1/√d), cores at U(0, 1). Throws config_error.
@@ -223,7 +224,7 @@ struct tucker_keys {
   void filter_scores(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, matrix_view<S> scores, const context& ctx) const {
     const auto part = q.slice_cols(block(axis, 0) * config.width, filter_width());
     if (p.own_unit.rows() == 0)
-      gemm_packed<S>(part, packed[static_cast<std::size_t>(head * 2 + axis)], scores, ctx);
+      gemm_packed<S>(part, packed.part(head * 2 + axis), scores, ctx);
     else
       gemm_nt<S>(part, group(p.filter, head, axis), scores, ctx);
   }
@@ -232,7 +233,7 @@ struct tucker_keys {
     const index_t d = config.width;
     const auto part = q.slice_cols(block(axis, a) * d, d);
     if (p.own_unit.rows() == 0)
-      gemm_packed<S>(part, packed_ranks[static_cast<std::size_t>((head * 2 + axis) * config.rank + a)], scores, ctx);
+      gemm_packed<S>(part, packed_ranks[static_cast<std::size_t>(a)].part(head * 2 + axis), scores, ctx);
     else
       gemm_nt<S>(part, group(p.unit, head, axis).slice_cols(a * d, d), scores, ctx);
   }
@@ -256,12 +257,10 @@ struct tucker_keys {
     filter.resize(keys.rows(), filter_width());
     const scratch<S> statistics({}, keys.rows() * config.rank, 2);
     prepare(unit, filter, statistics, {});
-    packed.resize(static_cast<std::size_t>(2 * config.heads));
-    packed_ranks.resize(packed.size() * static_cast<std::size_t>(config.rank));
-    const auto part = [&](const matrix<S>& m, std::size_t i) { return group(view(m), static_cast<index_t>(i) / 2, static_cast<index_t>(i) % 2); };
-    for (std::size_t i = 0; i < packed.size(); ++i) packed[i].assign(part(filter, i));
-    for (std::size_t i = 0, r = static_cast<std::size_t>(config.rank); i < packed_ranks.size(); ++i)
-      packed_ranks[i].assign(part(unit, i / r).slice_cols(static_cast<index_t>(i % r) * config.width, config.width));
+    packed.assign(filter, 2 * config.heads);
+    packed_ranks.resize(static_cast<std::size_t>(config.rank));
+    for (index_t a = 0; a < config.rank; ++a)
+      packed_ranks[static_cast<std::size_t>(a)].assign(view(unit).slice_cols(a * config.width, config.width), 2 * config.heads);
   }
   void refresh() {
     if (!packed.empty()) prepack();

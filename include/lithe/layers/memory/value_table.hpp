@@ -1,8 +1,8 @@
 #pragma once
 
 #include "lithe/kernels/gather.hpp"
-#include "lithe/layers/memory/table_memory.hpp"
 #include "lithe/layers/parameters.hpp"
+#include "lithe/tensor/large_array.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -31,6 +31,31 @@ concept value_table = std::copyable<T> && std::floating_point<typename T::scalar
                         m.write_row(i, in);
                       };
 
+namespace detail {
+
+/// to[0..n) = row `row` of a table of normal numbers (Box-Muller, both numbers of each pair, on Eigen's arrays: tables are large).
+template <class S>
+void fill_normal_row(S* to, index_t n, double deviation, rng_key key, index_t row) {
+  constexpr int block = 64;
+  using array = Eigen::Array<S, block, 1>;
+  for (index_t c = 0; c < n; c += 2 * block) {
+    array u, v;
+    for (int i = 0; i < block; i += 2) {
+      const auto word = philox(key, static_cast<std::uint64_t>((c + 2 * i) / 4), static_cast<std::uint64_t>(row));
+      u[i] = (static_cast<S>(word[0]) + S(0.5)) * S(0x1p-32);
+      v[i] = static_cast<S>(word[1]) * S(0x1p-32);
+      u[i + 1] = (static_cast<S>(word[2]) + S(0.5)) * S(0x1p-32);
+      v[i + 1] = static_cast<S>(word[3]) * S(0x1p-32);
+    }
+    const array radius = static_cast<S>(deviation) * (S(-2) * u.log()).sqrt(), angle = S(2 * std::numbers::pi) * v;
+    const array first = radius * angle.cos(), second = radius * angle.sin();
+    std::copy_n(first.data(), std::min<index_t>(block, n - c), to + c);
+    if (n - c > block) std::copy_n(second.data(), std::min<index_t>(block, n - c - block), to + c + block);
+  }
+}
+
+}  // namespace detail
+
 /// A table in memory, its rows aligned to 64 bytes; huge pages are asked for. Copies are deep.
 ///
 /// Throws config_error for sizes below 1 or of 2^31 rows and more; read_row and write_row throw index_error and shape_error.
@@ -46,7 +71,7 @@ class dense_table {
     require<config_error>(rows >= 1 && cols >= 1, "dense_table: expected at least 1 row and 1 column, got ", to_text(rows, cols));
     require<config_error>(rows < index_t{1} << 31 && cols < index_t{1} << 31, "dense_table: expected fewer than 2^31 rows and columns, got ",
                           to_text(rows, cols));
-    memory_ = detail::table_memory<S>(rows * stride_);
+    memory_ = detail::large_array<S>(rows * stride_);
   }
   /// Normal numbers of mean 0 and standard deviation 1/√cols; `exec` shares the work, the numbers do not depend on it.
   dense_table(index_t rows, index_t cols, rng_key key, const executor& exec = serial_executor) : dense_table(rows, cols) {
@@ -91,7 +116,7 @@ class dense_table {
   }
 
   index_t rows_ = 0, cols_ = 0, stride_ = 0;
-  detail::table_memory<S> memory_;
+  detail::large_array<S> memory_;
 };
 
 /// A handle on a table that several layers share; it is itself a value table. Copying a model copies the handle, `clone` the rows.
