@@ -51,6 +51,8 @@ void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* v
 /// Cached keys that several queries read: panels of so many keys, each transposed [D x panel_keys], one after the other. A product with them
 /// needs no packing and no sum across a packet, and reads memory in one stream.
 inline constexpr index_t panel_keys = 32;
+/// Room for so many keys in whole panels.
+[[nodiscard]] constexpr index_t whole_panels(index_t keys) { return (keys + panel_keys - 1) / panel_keys * panel_keys; }
 
 /// Writes the keys k [n x D] behind the `held` first ones.
 template <class S>

@@ -118,7 +118,6 @@ struct collaborative_attention : detail::collaborative_base<S> {
   }
 
   static index_t place(const cache& c, index_t slot) { return c.slots.place[static_cast<std::size_t>(slot)]; }
-  static index_t whole_panels(index_t keys) { return (keys + panel_keys - 1) / panel_keys * panel_keys; }
   matrix_view<S> values(cache& c, index_t at, index_t h) const {
     return matrix_view<S>(c.values).slice_rows((at * config.heads + h) * c.slots.capacity, c.slots.capacity);
   }
