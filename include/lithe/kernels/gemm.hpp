@@ -45,6 +45,17 @@ constexpr index_t round_up(index_t n) {
   return (n + tile_shape<S>::lanes - 1) / tile_shape<S>::lanes * tile_shape<S>::lanes;
 }
 
+/// The part of a packed b that multiply_piece reads after panel j at depth k0, in its own columns or in those of the next piece; the same part if
+/// it is the last.
+template <class S>
+const S* panel_after(const product<S>& p, index_t j, index_t k0, index_t first_col, index_t cols, index_t longest) {
+  using shape = tile_shape<S>;
+  const auto part = [&](index_t col, index_t k) { return p.b + col * p.depth + k * round_up<S>(std::min(p.cols - col, shape::width)); };
+  if (j + shape::width < first_col + cols) return part(j + shape::width, k0);
+  if (k0 + longest < p.depth) return part(first_col, k0 + longest);
+  return j + shape::width < p.cols ? part(j + shape::width, 0) : part(j, k0);
+}
+
 /// One piece of a product, on one worker: its columns panel by panel, each packed where it must be.
 template <class S>
 void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx) {
@@ -102,8 +113,7 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
       const int vectors = static_cast<int>(width / shape::lanes);
       S* c = p.c + first_row * p.c_stride + j;
       if (n == width) {
-        const bool last = j + shape::width >= p.cols, stored = p.b_storage == storage::panels;  // in memory, not made when its turn comes
-        const S* const next = !stored ? nullptr : last ? b : p.b + (j + shape::width) * p.depth + k0 * width;
+        const S* const next = p.b_storage == storage::panels ? panel_after(p, j, k0, first_col, cols, longest) : nullptr;
         multiply_panel<S>(vectors, rows, depth, a, a_row, a_k, b, b_k, c, p.c_stride, begin.at(0, j), next);
         continue;
       }
