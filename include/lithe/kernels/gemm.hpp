@@ -217,6 +217,7 @@ class packed_matrix {
   /// The i-th weight.
   [[nodiscard]] packed_view<S> part(index_t i) const { return {panels_.data() + i * detail::round_up<S>(rows_) * cols_, rows_, cols_}; }
   operator packed_view<S>() const { return part(0); }
+  /// Packs w, `parts` weights of equally many rows below each other; memory of the right size is used again.
   void assign(matrix_view<const S> w, index_t parts = 1) {
     LITHE_ASSERT(w.rows() % parts == 0);
     rows_ = w.rows() / parts;
