@@ -227,6 +227,7 @@ struct mixture_of_experts {
   void each_active(const detail::grouped_routes& groups, F&& f) const {
     for (index_t i = 0; i < groups.actives; ++i) f(static_cast<index_t>(groups.active[i]));
   }
+
   /// p = softmax(W_r x) and logsumexp.
   void route(matrix_view<const S> x, matrix_view<S> p, matrix_view<S> log_sum, const context& ctx) const {
     router.forward(x, p, ctx);

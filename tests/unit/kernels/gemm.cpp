@@ -338,6 +338,7 @@ TEST(packed_matrix, copies_clears_and_refreshes) {
   EXPECT_EQ(y, expected);
   w.clear();
   EXPECT_TRUE(w.empty());
+  EXPECT_EQ(w.part(0).rows, 0);
 }
 
 TEST(gemm_nested, runs_inside_the_body_of_a_loop) {
