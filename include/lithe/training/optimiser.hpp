@@ -103,8 +103,9 @@ class optimiser {
             if (s.rule == update_rule::rowwise_adagrad) state.second = {p.rows(), 1};
           }
           const matrix_view<S> second = state.second.view();
-          require<state_error>(state.rule == s.rule && (second.size() == 0 || second.rows() == p.rows()), "optimiser: rule or shape of ", name,
-                               " changed since its moments were made");
+          const index_t cols = s.rule == update_rule::rowwise_adagrad ? 1 : p.cols();
+          require<state_error>(state.rule == s.rule && (second.size() == 0 || (second.rows() == p.rows() && second.cols() == cols)),
+                               "optimiser: rule or shape of ", name, " changed since its moments were made");
         },
         model, gradient);
     require<state_error>(at == moments_.size(), "optimiser: expected the model of the steps before with ", moments_.size(), " tensors, got ", at);

@@ -563,6 +563,8 @@ TEST(optimisers, another_model_or_gradient_is_refused) {
   g.embedding.total_rows = 23;
   opt.step(t, g, 0.1);
   EXPECT_THROW(opt.step(larger, g_larger, 0.1), state_error);
+  tensors<double> wider(23, 12);
+  EXPECT_EQ(message([&] { opt.step(wider, make_gradient(wider), 0.1); }), "optimiser: rule or shape of weight changed since its moments were made");
   two_layers<double> other;
   auto g_other = make_gradient(other);
   EXPECT_THROW(opt.step(other, g_other, 0.1), state_error);
