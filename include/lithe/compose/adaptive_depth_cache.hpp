@@ -92,12 +92,12 @@ template <class Block, class Norm>
 void truncate(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t slot, index_t length) {
   for (index_t n = 1; n <= model.exits(); ++n) {
     index_t& filled = c.filled_to(n, slot);
-    if (filled <= length) continue;
-    detail::truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slot, length);
-    filled = length;
+    filled = std::min(filled, length);
+    detail::truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slot, filled);  // a block that threw may hold more than that
   }
-  auto& now = c.length[static_cast<std::size_t>(slot)];
+  auto &now = c.length[static_cast<std::size_t>(slot)], &start = c.start[static_cast<std::size_t>(slot)];
   now = std::min(now, length);
+  start = std::min(start, now);
 }
 
 /// Slot i becomes what slot order[i] was (beam search).
@@ -183,18 +183,30 @@ void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, inde
                    const detail::memory_of<Block>& m, matrix_view<typename Block::scalar> y, adaptive_cache<Block>& c, const context& ctx) {
   using S = typename Block::scalar;
   detail::check_room("adaptive_depth", c, x.rows(), ctx);
-  const scratch<index_t> slots(ctx, ctx.rows.count());
-  for (index_t i = 0; i < ctx.rows.count(); ++i) slots[i] = ctx.slot(i);
+  const index_t B = ctx.rows.count();
+  const scratch<index_t> slots(ctx, B), before(ctx, (last - first + 1) * B);
+  for (index_t i = 0; i < B; ++i) slots[i] = ctx.slot(i);
+  for (index_t n = first; n <= last; ++n)
+    for (index_t i = 0; i < B; ++i) before[(n - first) * B + i] = c.filled_to(n, slots[i]);
   const scratch<S> in(ctx, x.rows(), x.cols());
   copy<S>(x, in, ctx);
-  for (index_t n = first; n <= last; ++n) {
-    detail::fill_pending(model, n, slots.span(), c, ctx);
-    detail::decode_block(model.stack.block(n), matrix_view<const S>(in), m, y, c.blocks[static_cast<std::size_t>(n - 1)],
-                         ctx.child(static_cast<std::uint64_t>(n - 1)));
-    for (index_t i = 0; i < ctx.rows.count(); ++i) c.filled_to(n, slots[i]) += ctx.rows.end(i, x.rows()) - ctx.rows.begin(i);
-    c.visited += x.rows();
-    c.projected += x.rows();
-    if (n < last) copy<S>(y, in, ctx);
+  try {
+    for (index_t n = first; n <= last; ++n) {
+      detail::fill_pending(model, n, slots.span(), c, ctx);
+      detail::decode_block(model.stack.block(n), matrix_view<const S>(in), m, y, c.blocks[static_cast<std::size_t>(n - 1)],
+                           ctx.child(static_cast<std::uint64_t>(n - 1)));
+      for (index_t i = 0; i < B; ++i) c.filled_to(n, slots[i]) += ctx.rows.end(i, x.rows()) - ctx.rows.begin(i);
+      c.visited += x.rows();
+      c.projected += x.rows();
+      if (n < last) copy<S>(y, in, ctx);
+    }
+  } catch (...) {
+    for (index_t n = first; n <= last; ++n)
+      for (index_t i = 0; i < B; ++i) {
+        index_t& filled = c.filled_to(n, slots[i]) = before[(n - first) * B + i];
+        detail::truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slots[i], filled);
+      }
+    throw;
   }
 }
 
@@ -216,7 +228,8 @@ void prefill(const adaptive_depth<Block, Norm>& model, matrix_view<const typenam
   const scratch<typename Block::scalar> y(ctx, x.rows(), x.cols());
   decode_blocks(model, 1, model.exits(), x, m, y.view(), c, ctx);
   advance<Block>(y, c, ctx);
-  for (index_t i = 0; i < ctx.rows.count(); ++i) c.start[static_cast<std::size_t>(ctx.slot(i))] = c.length[static_cast<std::size_t>(ctx.slot(i))];
+  for (index_t i = 0; i < ctx.rows.count(); ++i)
+    if (ctx.rows.end(i, x.rows()) > ctx.rows.begin(i)) c.start[static_cast<std::size_t>(ctx.slot(i))] = c.length[static_cast<std::size_t>(ctx.slot(i))];
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -118,9 +118,6 @@ struct exit_classifiers {
     for (index_t i = 0; i < x.rows(); ++i) dx.map().row(r.order[static_cast<std::size_t>(i)]) = dsorted.map().row(i);
   }
 
-  void prepack() {
-    for (auto& c : classifiers) c.prepack();
-  }
   [[nodiscard]] cost forward_cost(index_t length) const {
     cost sum;
     for (const auto& n : norms) sum += n.forward_cost(length);

@@ -7,7 +7,7 @@
 
 #include "lithe/layers/halting_distributions.hpp"
 
-// N exits, V classes, t the number of the output token (from 0)
+// N exits, V classes, t the number of the output token, from 0 behind what was last taken in as a prompt
 namespace lithe::inline LITHE_ABI {
 
 /// What decides that a token leaves after block n < N.

@@ -91,7 +91,10 @@ struct decoder_block {
     lithe::decode(feed, matrix_view<const S>(b), y, c.feed, ctx.child(4));
   }
   /// Keys and values of the self-attention only.
-  void fill(matrix_view<const S> x, cache& c, const context& ctx) const { lithe::fill(self, x, c.self, ctx.child(0)); }
+  void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    static_assert(!looks_across_tokens<Feed>, "lithe: a decoder block whose feed looks across tokens cannot skip a token: its feed would miss it.");
+    lithe::fill(self, x, c.self, ctx.child(0));
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
     lithe::truncate(self, c.self, slot, length);
     lithe::truncate(feed, c.feed, slot, length);

@@ -105,6 +105,7 @@ class decoding_batch {
   /// Brings all tokens but the newest into the cache.
   void read(const context& ctx) {
     fresh_.clear();
+    reading_.clear();
     offsets_.assign(1, 0);
     for (const index_t s : live) {
       const auto t = text(s);
@@ -114,17 +115,19 @@ class decoding_batch {
         model_->truncate(cache_, s, 0);
       }
       const auto from = t.begin() + static_cast<std::ptrdiff_t>(w.start + w.count);
+      if (from == t.end() - 1) continue;
       w.count += static_cast<std::size_t>(t.end() - 1 - from);
       fresh_.insert(fresh_.end(), from, t.end() - 1);
+      reading_.push_back(s);
       offsets_.push_back(static_cast<index_t>(fresh_.size()));
     }
-    if (!fresh_.empty()) model_->fill(fresh_, cache_, over(ctx));
+    if (!reading_.empty()) model_->fill(fresh_, cache_, over(reading_, ctx));
   }
   /// Rows of the next call: n for each live slot.
   [[nodiscard]] context over_rows(index_t n, const context& ctx) {
     offsets_.resize(live.size() + 1);
     for (std::size_t i = 0; i < offsets_.size(); ++i) offsets_[i] = static_cast<index_t>(i) * n;
-    return over(ctx);
+    return over(live, ctx);
   }
   /// Tokens that fit a slot's cache beside those that are there.
   [[nodiscard]] index_t room(index_t slot) const { return static_cast<index_t>(capacity_ - windows_[static_cast<std::size_t>(slot)].count); }
@@ -154,9 +157,9 @@ class decoding_batch {
     std::size_t start = 0, count = 0;  // the tokens of the text that are in the cache
   };
   [[nodiscard]] window& window_of(index_t slot) { return windows_[static_cast<std::size_t>(slot)]; }
-  [[nodiscard]] context over(context ctx) const {
+  [[nodiscard]] context over(std::span<const index_t> who, context ctx) const {
     ctx.rows = {offsets_};
-    ctx.slots = live;
+    ctx.slots = who;
     return ctx;
   }
 
@@ -166,7 +169,7 @@ class decoding_batch {
   std::vector<std::vector<std::int32_t>> exits_;
   std::vector<std::size_t> prompt_lengths_;
   std::vector<window> windows_;
-  std::vector<index_t> offsets_;
+  std::vector<index_t> offsets_, reading_;  // reading_: the slots that take tokens in
   std::vector<token_t> fresh_;
   matrix<scalar> logits_;
   typename Model::cache cache_{};

@@ -117,6 +117,8 @@ struct encoder_exits {
     const scratch<S> a(ctx, x.rows(), x.cols()), b(ctx, x.rows(), x.cols()), first(ctx, B, x.cols()), pooled(ctx, B, x.cols()), answers(ctx, B, V),
         before(ctx, B, V);
     const scratch<index_t> offsets(ctx, B + 1), sequence(ctx, B), agreed(ctx, B);
+    const scratch<std::uint8_t> mask(ctx, static_cast<index_t>(ctx.mask.size()));
+    std::copy(ctx.mask.begin(), ctx.mask.end(), mask.data());
     for (index_t s = 0; s < B; ++s) {
       offsets[s] = ctx.rows.begin(s);
       sequence[s] = s;
@@ -129,6 +131,7 @@ struct encoder_exits {
       const matrix_view<S> out = (in.data() == a.data() ? b : a).view().slice_rows(0, rows);
       context inner = ctx.child(static_cast<std::uint64_t>(n - 1));
       inner.rows = {offsets.span().first(static_cast<std::size_t>(active) + 1)};
+      if (!ctx.mask.empty()) inner.mask = mask.span().first(static_cast<std::size_t>(rows));
       stack.block(n).forward(in, out, inner);
       gather_first(matrix_view<const S>(out), inner.rows, first.view().slice_rows(0, active));
       answer(n, matrix_view<const S>(first).slice_rows(0, active), pooled.view().slice_rows(0, active), answers.view().slice_rows(0, active), ctx);
@@ -142,6 +145,7 @@ struct encoder_exits {
         }
         std::copy_n(answers.row(s), V, before.row(left));
         if (rows_left != begin) std::copy(out.row(begin), out.row(begin) + length * out.cols(), out.row(rows_left));
+        if (!ctx.mask.empty()) std::copy_n(mask.data() + begin, length, mask.data() + rows_left);
         sequence[left] = sequence[s];
         agreed[left] = agreed[s];
         offsets[left++] = rows_left;  // the start of s has been read, and left <= s

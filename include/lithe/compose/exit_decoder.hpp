@@ -47,13 +47,17 @@ class exit_decoder {
   /// One new token for each slot of ctx.slots: logits [R x V], and c.exits.
   void decode(std::span<const token_t> ids, matrix_view<S> logits, cache& c, const context& ctx) const {
     const scratch<S> x(ctx, logits.rows(), features());
-    lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
-    adaptive_step<Block, Norm>(*model_, x, memory_, logits, std::span(c.exits).first(ids.size()), c.states, rule_, ctx);
+    whole(c, ctx, [&] {
+      lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
+      adaptive_step<Block, Norm>(*model_, x, memory_, logits, std::span(c.exits).first(ids.size()), c.states, rule_, ctx);
+    });
   }
   void fill(std::span<const token_t> ids, cache& c, const context& ctx) const {
     const scratch<S> x(ctx, static_cast<index_t>(ids.size()), features());
-    lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
-    prefill(*model_, matrix_view<const S>(x), memory_, c.states, ctx);
+    whole(c, ctx, [&] {
+      lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
+      prefill(*model_, matrix_view<const S>(x), memory_, c.states, ctx);
+    });
   }
   void truncate(cache& c, index_t slot, index_t length) const {
     lithe::truncate(*embed_, c.tokens, slot, length);
@@ -67,8 +71,10 @@ class exit_decoder {
   /// Drafting: one new token for each slot goes through blocks 1 .. exit; its states [R x D].
   void draft(index_t exit, std::span<const token_t> ids, matrix_view<S> states, cache& c, const context& ctx) const {
     const scratch<S> x(ctx, states.rows(), features());
-    lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
-    decode_blocks<Block, Norm>(*model_, 1, exit, x, memory_, states, c.states, ctx);
+    whole(c, ctx, [&] {
+      lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);
+      decode_blocks<Block, Norm>(*model_, 1, exit, x, memory_, states, c.states, ctx);
+    });
   }
   /// What an exit answers to states [R x D]: logits [R x V].
   void answer(index_t exit, matrix_view<const S> states, matrix_view<S> logits, const context& ctx) const {
@@ -77,12 +83,24 @@ class exit_decoder {
   /// Drafted states go through the blocks above `exit`: the full model's logits, and the slots are as long as if it had decoded the tokens.
   void verify(index_t exit, matrix_view<const S> states, matrix_view<S> logits, cache& c, const context& ctx) const {
     const scratch<S> top(ctx, states.rows(), features());
-    decode_blocks<Block, Norm>(*model_, exit + 1, exits(), states, memory_, top, c.states, ctx);
+    whole(c, ctx, [&] { decode_blocks<Block, Norm>(*model_, exit + 1, exits(), states, memory_, top, c.states, ctx); });
     answer(exits(), top, logits, ctx);
     advance<Block>(top, c.states, ctx);
   }
 
  private:
+  /// If f throws, embedding and stack both forget what is not in all blocks, drafts too.
+  template <class F>
+  void whole(cache& c, const context& ctx, F&& f) const {
+    try {
+      f();
+    } catch (...) {
+      for (index_t i = 0; i < ctx.rows.count(); ++i)
+        if (const index_t s = ctx.slot(i); s >= 0 && s < c.states.slots()) truncate(c, s, c.states.length[static_cast<std::size_t>(s)]);
+      throw;
+    }
+  }
+
   const Embed* embed_;
   const adaptive_depth<Block, Norm>* model_;
   memory_type memory_;

@@ -73,8 +73,9 @@ struct watch_nothing {
 ///     while (g.live() > 0 && n-- > 0) g.step(ctx);      // one token for each text that is not over
 ///     g.text(i);                                        // prompt and continuation
 ///
-/// Prompts are read in one pass. A text's draws depend on the key, its number and its length, not on what stands beside it. Steps allocate nothing
-/// once `reserve`d, unless a text outgrows its capacity.
+/// Prompts are read in one pass. A text's draws depend on the key, its number and its length, not on what stands beside it (with drafts at a
+/// temperature above 0 on the length of a round, too, which the text with the least room sets). Steps allocate nothing once `reserve`d, unless a text
+/// outgrows its capacity.
 ///
 /// With exits (`exit_decoder`) every token has an exit of its own. With `drafts` a step is a round of self-speculation (arXiv 2404.16710, section
 /// 4.3): exit `draft_exit` drafts tokens, the blocks above check them all at once, those that stand are kept, and the full model adds one. The texts

@@ -96,14 +96,15 @@ template <class L>
 }
 
 /// Folds what training gathered beside gradients (running statistics) into the model, and refreshes packed copies; call it between
-/// steps, after the optimiser.
+/// steps, after the optimiser. Parts come before the layer they belong to, which may keep something made from theirs.
 template <class L>
 void after_step(L& l, const gradient_of<L>& g) {
-  walk(
-      [](const std::string&, auto& p, const auto& q) {
-        if constexpr (requires { p.after_step(q); }) p.after_step(q);
+  L::visit(
+      [](const field&, auto& p, const auto& q) {
+        if constexpr (has_parameters<std::remove_cvref_t<decltype(p)>>) lithe::after_step(p, q);
       },
-      [](const auto&...) {}, "", l, g);
+      l, g);
+  if constexpr (requires { l.after_step(g); }) l.after_step(g);
 }
 
 /// Tells every layer that its parameters were changed from outside (loaded, averaged, edited), so that derived copies are rebuilt;

@@ -8,7 +8,7 @@
 namespace lithe::inline LITHE_ABI {
 
 /// How many tokens each slot of a cache holds, up to `capacity`: all that a layer keeps which only asks where a token stands, and what
-/// `key_value_cache` builds on.
+/// `placed_cache` builds on.
 struct position_cache {
   index_t capacity = 0;
   std::vector<index_t> length;      ///< tokens in each slot
@@ -17,7 +17,8 @@ struct position_cache {
 
   position_cache() = default;
   position_cache(const char* who, index_t slots, index_t capacity_) : capacity(capacity_) {
-    require<config_error>(slots >= 0 && capacity >= 0, who, ": expected a cache of 0 or more slots and tokens, got ", slots, " and ", capacity);
+    require<config_error>(slots >= 0 && capacity >= 0 && (slots | capacity) >> 31 == 0, who,
+                          ": expected a cache of 0 or more slots and tokens, each below 2^31, got ", slots, " and ", capacity);
     length.assign(static_cast<std::size_t>(slots), 0);
     old_length = length;
     used.resize(length.size());
@@ -60,6 +61,41 @@ struct position_cache {
  private:
   void check_slot(const char* who, index_t slot) const {
     require<index_error>(slot >= 0 && slot < static_cast<index_t>(length.size()), who, ": expected a slot below ", length.size(), ", got ", slot);
+  }
+};
+
+/// A cache whose slots keep what they hold in places that they change for one another, so that `permute` copies as little as it can.
+struct placed_cache : position_cache {
+  std::vector<index_t> place;      ///< where the slot's rows stand
+  std::vector<index_t> old_place;  // as old_length
+
+  placed_cache() = default;
+  placed_cache(const char* who, index_t slots, index_t tokens_in_slot) : position_cache(who, slots, tokens_in_slot) {
+    place.resize(length.size());
+    for (index_t s = 0; s < slots; ++s) place[static_cast<std::size_t>(s)] = s;
+    old_place = place;
+  }
+  /// Slot i becomes what slot order[i] was; copy(from place, to place, tokens) for what is wanted more than once.
+  template <class Copy>
+  void permute(const char* who, std::span<const index_t> order, Copy&& copy) {
+    position_cache::permute(who, order);
+    old_place.swap(place);
+    std::fill(used.begin(), used.end(), std::uint8_t{0});
+    for (const index_t from : order) used[static_cast<std::size_t>(old_place[static_cast<std::size_t>(from)])] = 1;
+    std::size_t free = 0;
+    // `used` is 2 once a slot has taken the place over; whoever comes later gets a copy in a place that nobody wants.
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      const index_t from = old_place[static_cast<std::size_t>(order[i])];
+      if (auto& state = used[static_cast<std::size_t>(from)]; state == 1) {
+        state = 2;
+        place[i] = from;
+        continue;
+      }
+      while (used[free] != 0) ++free;
+      used[free] = 2;
+      place[i] = static_cast<index_t>(free);
+      copy(from, place[i], length[i]);
+    }
   }
 };
 

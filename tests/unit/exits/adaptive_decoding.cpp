@@ -426,6 +426,75 @@ TEST(decoding, a_full_slot_throws_before_anything_changes) {
   EXPECT_LT((again - logits).cwiseAbs().maxCoeff(), grouping);
 }
 
+TEST(decoding, a_step_that_fails_inside_a_block_leaves_nothing_behind) {
+  const auto m = make_model<cross_block>();
+  const auto source = random_matrix(6, 5, 2), x = random_matrix(2, features, 1);
+  const std::vector<index_t> offsets{0, 4, 6}, sources{0, 1};
+  const memory_view<double> memory{source, {offsets}};
+  std::vector<std::int32_t> exits(2);
+  const auto steps = [&](bool fail) {
+    auto c = make_adaptive_cache(m, 2, 4);
+    matrix<double> logits(2, classes), all(4, classes), y(2, features);
+    const auto step = [&] {
+      adaptive_step(m, matrix_view<const double>(x), memory, matrix_view<double>(logits), exits, c, rule(exit_confidence::geometric, 0.5), {});
+    };
+    const std::vector<index_t> ones{0, 1, 2};
+    context ctx;
+    ctx.rows = {ones};
+    if (fail) {  // without a memory the self-attention has already taken the row in when cross-attention throws
+      EXPECT_THROW(step(), state_error);
+      EXPECT_THROW(prefill(m, matrix_view<const double>(x), memory, c, ctx), state_error);
+      EXPECT_THROW(decode_blocks(m, 1, 2, matrix_view<const double>(x), memory, matrix_view<double>(y), c, ctx), state_error);
+    }
+    start_memory(m, memory, sources, c);
+    step();
+    all.topRows(2) = logits;
+    step();
+    all.bottomRows(2) = logits;
+    return all;
+  };
+  EXPECT_EQ(steps(true), steps(false));
+}
+
+TEST(decoding, a_failed_step_keeps_positions_and_states_together) {
+  const embedding<double> learned({.tokens = classes, .features = features, .positions = 8, .deviation = 1}, {60});
+  const auto fine = make_model();
+  auto broken = fine;
+  broken.answers.classifiers.back().weight.setConstant(std::numeric_limits<double>::quiet_NaN());
+  const exit_decoder good(learned, fine), bad(learned, broken);
+  const auto two_steps = [&](bool fail) {
+    auto c = good.make_cache(1, 8);
+    matrix<double> logits(1, classes);
+    const std::vector<token_t> ids{3};
+    const std::vector<index_t> offsets{0, 1};
+    context ctx;
+    ctx.rows = {offsets};
+    good.decode(ids, logits, c, ctx);
+    if (fail) {
+      EXPECT_THROW(bad.decode(ids, logits, c, ctx), std::runtime_error);
+    }
+    good.decode(ids, logits, c, ctx);
+    return logits;
+  };
+  EXPECT_EQ(two_steps(true), two_steps(false));
+}
+
+TEST(decoding, a_text_that_outgrows_its_cache_changes_nothing_for_its_neighbour) {
+  const auto m = make_model();
+  exit_rule falling = rule(exit_confidence::max_prob, 0.9);
+  falling.decay = threshold_decay::t5x;
+  falling.temperature = 50;
+  falling.longest = 12;
+  const exit_decoder decoder(tokens(), m, {}, falling);
+  const auto exits_of = [&](const prompts_type& prompts) {
+    generator<exit_decoder<embedding<double>, block, layer_norm<double>>> g(decoder, {.capacity = 8, .how = {.temperature = 0}});
+    g.start(prompts, {}, {});
+    for (int i = 0; i < 6; ++i) g.step({});
+    return std::vector<std::int32_t>(g.exits(0).begin(), g.exits(0).end());
+  };
+  EXPECT_EQ(exits_of({{3}, {0, 4, 2, 5, 1, 3, 7}}), exits_of({{3}}));
+}
+
 TEST(decoding, numbers_that_are_none_never_leave_early_and_throw_at_the_top) {
   const auto m = make_model();
   auto c = make_adaptive_cache(m, 2, 4);

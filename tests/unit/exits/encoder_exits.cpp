@@ -80,6 +80,31 @@ TEST(encoder_exits, a_batch_is_its_sequences_one_by_one_and_agrees_with_the_full
   }
 }
 
+TEST(encoder_exits, padding_changes_nothing_whoever_leaves) {
+  const auto m = make_model();
+  const batch b;
+  const encoder_exit_rule rule{.kind = encoder_confidence::entropy, .thresholds = {1.04}};
+  const auto plain = classify(m, b.x, rule, b.ctx);
+  // The same sequences, each with two rows of padding behind it.
+  matrix<double> x = random_matrix(b.x.rows() + 24, features, 8);
+  std::vector<index_t> offsets{0};
+  std::vector<std::uint8_t> mask;
+  for (index_t s = 0; s < 12; ++s) {
+    const index_t begin = b.offsets[static_cast<std::size_t>(s)], n = b.offsets[static_cast<std::size_t>(s) + 1] - begin;
+    x.middleRows(offsets.back(), n) = b.x.middleRows(begin, n);
+    mask.insert(mask.end(), static_cast<std::size_t>(n), 1);
+    mask.insert(mask.end(), 2, 0);
+    offsets.push_back(offsets.back() + n + 2);
+  }
+  context ctx;
+  ctx.rows = {offsets};
+  ctx.mask = mask;
+  const auto padded = classify(m, x, rule, ctx);
+  EXPECT_GT(std::set<std::int32_t>(plain.exits.begin(), plain.exits.end()).size(), 1U);
+  EXPECT_EQ(padded.exits, plain.exits);
+  EXPECT_LT((padded.logits - plain.logits).cwiseAbs().maxCoeff(), 1e-12);
+}
+
 TEST(encoder_exits, rules_that_never_and_always_leave) {
   const batch b;
   const auto m = make_model();

@@ -496,6 +496,13 @@ TEST(ultra_mem, the_convolution_looks_back_within_a_sequence_and_decodes) {
   EXPECT_LT(step(5, 2, 1), 1e-12);
   EXPECT_THROW(step(0, 5, 0), state_error);  // 4 + 5 tokens of 8
   EXPECT_THROW(step(0, 1, 2), index_error);
+  EXPECT_THROW(m.truncate(cache, 0, -1), index_error);
+  EXPECT_THROW(m.permute(cache, std::vector<index_t>{1}), shape_error);
+  m.permute(cache, std::vector<index_t>{1, 1});  // both slots go on from one sequence, each for itself
+  m.truncate(cache, 0, 5);
+  EXPECT_LT(step(5, 2, 0), 1e-12);
+  m.truncate(cache, 1, 6);
+  EXPECT_LT(step(6, 1, 1), 1e-12);
 }
 
 TEST(ultra_mem, starts_as_published) {
@@ -688,6 +695,7 @@ TEST(ultra_mem, refuses_what_does_not_fit_in_a_sentence) {
       EXPECT_EQ(e.what(), "ultra_mem: " + sentence);
     }
   };
+  EXPECT_THROW(tucker_keys<double>({.heads = 0, .sub_keys = 4, .top_k = 2}, rng_key{1}), config_error);
   says("expected an expansion that is a square (1, 4, 9, ...), got 6", [](auto& c) { c.expansion = 6; });
   says("expected an expansion that is a square (1, 4, 9, ...), got 0", [](auto& c) { c.expansion = 0; });
   says("sub_keys must be a multiple of √expansion = 3, got 10", [](auto& c) { c.expansion = 9; });

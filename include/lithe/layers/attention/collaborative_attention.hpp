@@ -53,14 +53,14 @@ struct collaborative_attention : detail::collaborative_base<S> {
 
   /// For each token one key of width r for all heads, a content bias for each head, and the heads' values.
   struct cache {
-    key_value_cache<S> slots;  // which sequence stands where; its own keys and values are empty
-    matrix<S> keys;            ///< a place by row, in panels (`append_to_panels`)
-    matrix<S> content;         ///< (place, head) by row, a column for each token
-    matrix<S> values;          ///< (place, head, token) by row
+    placed_cache slots;  // which sequence stands where
+    matrix<S> keys;      ///< a place by row, in panels (`append_to_panels`)
+    matrix<S> content;   ///< (place, head) by row, a column for each token
+    matrix<S> values;    ///< (place, head, token) by row
   };
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
-    cache c{.slots = {who, slots, capacity, 0, 1}, .keys = {}, .content = {}, .values = {}};
+    cache c{.slots = {who, slots, capacity}, .keys = {}, .content = {}, .values = {}};
     c.keys.resize(slots, whole_panels(capacity) * config.key_width);
     c.content.resize(slots * this->contents(), capacity);
     c.values.resize(slots * config.heads * capacity, value_width());
@@ -133,7 +133,7 @@ struct collaborative_attention : detail::collaborative_base<S> {
       for (index_t h = 0; h < config.heads; ++h)
         values(c, at, h).slice_rows(held, n).map() = v.view().slice_rows(i, n).slice_cols(h * value_width(), value_width()).map();
     }
-    c.slots.append(k.view(), k.view(), ctx);  // of no heads: the lengths alone
+    c.slots.advance(T, ctx);
   }
 
   /// The new queries of one sequence.

@@ -5,6 +5,7 @@
 #include "lithe/kernels/causal_conv.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
+#include "lithe/layers/position_cache.hpp"
 
 // T tokens, D features, W taps
 namespace lithe::inline LITHE_ABI {
@@ -20,10 +21,9 @@ struct query_convolution {
   struct gradient {
     matrix<S> weight;
   };
-  struct cache {
-    matrix<S> rows;  // [slots capacity x D]
-    std::vector<index_t> length;
-    index_t capacity = 0;
+  struct cache : placed_cache {
+    matrix<S> rows;  // [slots capacity x D], by place
+    [[nodiscard]] index_t first(index_t slot) const { return place[static_cast<std::size_t>(slot)] * capacity; }
   };
 
   matrix<S> weight;  // [W x D], the newest row last
@@ -59,7 +59,9 @@ struct query_convolution {
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
     if (none()) return {};
-    return {matrix<S>::Zero(slots * capacity, weight.cols()), std::vector<index_t>(static_cast<std::size_t>(slots)), capacity};
+    cache c{{"query_convolution", slots, capacity}, {}};
+    c.rows.resize(slots * capacity, weight.cols());
+    return c;
   }
   /// y for the new rows x of each sequence, after what the cache holds.
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
@@ -68,35 +70,28 @@ struct query_convolution {
     fill(x, c, ctx);
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t first = ctx.rows.begin(s), n = ctx.rows.end(s, x.rows()) - first, slot = ctx.slot(s);
-      const index_t length = c.length[static_cast<std::size_t>(slot)], past = std::min(before, length - n);
+      const index_t length = c.tokens(slot), past = std::min(before, length - n);
       const scratch<S> out(ctx, past + n, x.cols());
-      causal_conv<S>(view(std::as_const(c.rows)).slice_rows(slot * c.capacity + length - n - past, past + n), weight, out, ctx.position_wise());
+      causal_conv<S>(view(std::as_const(c.rows)).slice_rows(c.first(slot) + length - n - past, past + n), weight, out, ctx.position_wise());
       copy<S>(matrix_view<const S>(out).slice_rows(past, n), y.slice_rows(first, n), ctx);
     }
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     if (none()) return;
-    ctx.rows.check("query_convolution", x.rows());
-    require<state_error>(ctx.mask.empty(), "query_convolution: decoding takes no padding; leave the rows out");
+    c.check("query_convolution", x.rows(), ctx);
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t first = ctx.rows.begin(s), n = ctx.rows.end(s, x.rows()) - first, slot = ctx.slot(s);
-      index_t& length = length_of(c, slot);
-      require<state_error>(length + n <= c.capacity, "query_convolution: slot ", slot, " holds ", length, " of ", c.capacity, " tokens; ", n,
-                           " more do not fit");
-      copy<S>(x.slice_rows(first, n), matrix_view<S>(c.rows).slice_rows(slot * c.capacity + length, n), ctx);
-      length += n;
+      copy<S>(x.slice_rows(first, n), matrix_view<S>(c.rows).slice_rows(c.first(slot) + c.tokens(slot), n), ctx);
     }
+    c.advance(x.rows(), ctx);
   }
   void truncate(cache& c, index_t slot, index_t length) const {
-    if (!none()) length_of(c, slot) = std::min(length_of(c, slot), length);
+    if (!none()) c.truncate("query_convolution", slot, length);
   }
   void permute(cache& c, std::span<const index_t> order) const {
     if (none()) return;
-    const cache old = c;
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      c.length[i] = length_of(old, order[i]);
-      c.rows.middleRows(static_cast<index_t>(i) * c.capacity, c.capacity) = old.rows.middleRows(order[i] * c.capacity, c.capacity);
-    }
+    c.permute("query_convolution", order,
+              [&](index_t from, index_t to, index_t n) { c.rows.middleRows(to * c.capacity, n) = c.rows.middleRows(from * c.capacity, n); });
   }
 
   [[nodiscard]] cost forward_cost(index_t) const {
@@ -106,14 +101,6 @@ struct query_convolution {
   template <class F, class... T>
   static void visit(F&& f, T&... s) {
     f("weight", s.weight...);
-  }
-
- private:
-  template <class C>
-  static auto& length_of(C& c, index_t slot) {
-    require<index_error>(slot >= 0 && slot < static_cast<index_t>(c.length.size()), "query_convolution: expected a slot below ", c.length.size(), ", got ",
-                         slot);
-    return c.length[static_cast<std::size_t>(slot)];
   }
 };
 

@@ -89,12 +89,11 @@ struct query_mlp {
   }
 
   void prepack() {
-    for (auto& m : maps) m.prepack();
     folded.clear();
     for (std::size_t i = 0; i < norms.size(); ++i) folded.push_back(fold(maps[i], norms[i]));
   }
   void refresh() {
-    if (!maps.empty() && !maps.front().packed.empty()) prepack();
+    if (!folded.empty()) prepack();
   }
   void after_step(const gradient&) { refresh(); }
 
