@@ -204,8 +204,11 @@ struct packed_view {
   const S* data;
   index_t rows, cols;
 
-  /// `n` rows from `first` on, which must be a multiple of tile_shape<S>::width.
-  [[nodiscard]] packed_view slice_rows(index_t first, index_t n) const { return {data + first * cols, n, cols}; }
+  /// `n` rows from `first` on: both multiples of tile_shape<S>::width, but that the last rows may be fewer.
+  [[nodiscard]] packed_view slice_rows(index_t first, index_t n) const {
+    LITHE_ASSERT(first % detail::tile_shape<S>::width == 0 && (n % detail::tile_shape<S>::width == 0 || first + n == rows));
+    return {data + first * cols, n, cols};
+  }
 };
 
 /// Weights [n x k], one or several of one shape below each other, stored so that products x wᵀ need no packing: each as panels of

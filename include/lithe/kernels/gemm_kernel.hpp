@@ -6,8 +6,9 @@
 
 #include "lithe/kernels/prefetch.hpp"
 
-// The register tile under every matrix product, on Eigen's packets: one source for every instruction set Eigen knows, with fused
-// multiply-adds wherever the machine has them. There is no intrinsic in it, so there is no second path beside it.
+// The register tile under every matrix product but those inside attention (attention_tile.hpp), on Eigen's packets: one source for every
+// instruction set Eigen knows, with fused multiply-adds wherever the machine has them. There is no intrinsic in it, so there is no second path
+// beside it.
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"  // Eigen's packets as template arguments

@@ -44,6 +44,11 @@ struct bucket_factors {
     for (const index_t f : span()) n += f / 2;
     return n;
   }
+  /// "4 x 8", for messages.
+  friend std::ostream& operator<<(std::ostream& out, const bucket_factors& f) {
+    for (std::size_t i = 0; i < f.count; ++i) out << (i == 0 ? "" : " x ") << f.factor[i];
+    return out;
+  }
   friend bool operator==(const bucket_factors& a, const bucket_factors& b) { return std::equal(a.span().begin(), a.span().end(), b.span().begin(), b.span().end()); }
 };
 

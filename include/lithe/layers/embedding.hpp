@@ -34,8 +34,8 @@ struct embedding {
 
   embedding() = default;
   embedding(embedding_config c, rng_key key) {
-    require<config_error>(c.tokens >= 1 && c.features >= 1 && c.positions >= 0, "embedding: expected at least 1 token and 1 feature, got ", c.tokens,
-                          " and ", c.features);
+    require<config_error>(c.tokens >= 1 && c.features >= 1 && c.positions >= 0, "embedding: expected at least 1 token, 1 feature and 0 positions, got ",
+                          c.tokens, ", ", c.features, " and ", c.positions);
     weight.resize(c.tokens, c.features);
     position.resize(c.positions, c.features);
     fill_normal<S>(weight, c.deviation, key.child(0));

@@ -86,11 +86,14 @@ struct mixture_of_experts {
 
   mixture_of_experts() = default;
   /// Weights start at U(±1/√inputs), as those of `linear`.
-  mixture_of_experts(mixture_of_experts_config c, rng_key key) : config(c), router({c.features, c.experts, false}, key.child(0)) {
-    require<config_error>(c.hidden >= 1, "mixture_of_experts: expected at least 1 hidden feature, got ", c.hidden);
+  mixture_of_experts(mixture_of_experts_config c, rng_key key) : config(c) {
+    require<config_error>(c.features >= 1 && c.experts >= 1 && c.hidden >= 1,
+                          "mixture_of_experts: expected at least 1 feature, 1 expert and 1 hidden feature, got ", c.features, ", ", c.experts, " and ",
+                          c.hidden);
     require<config_error>(c.top_k >= 1 && c.top_k <= c.experts, "mixture_of_experts: expected top_k from 1 to the ", c.experts, " experts, got ", c.top_k);
     require<config_error>(c.balance >= 0 && c.z_loss >= 0, "mixture_of_experts: expected loss coefficients of 0 or more, got ", c.balance, " and ",
                           c.z_loss);
+    router = linear<S>({c.features, c.experts, false}, key.child(0));
     const double in = 1 / std::sqrt(static_cast<double>(c.features)), out = 1 / std::sqrt(static_cast<double>(c.hidden));
     up.resize(c.experts * c.hidden, c.features);
     gate.resize(c.gated ? c.experts * c.hidden : 0, c.features);

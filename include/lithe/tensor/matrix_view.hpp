@@ -165,8 +165,17 @@ auto view(T&& t) {
     return matrix_view<float>(t);  // refused, with the constructor's sentence
 }
 
-/// "[rows x cols]", for messages.
-inline std::string to_text(index_t rows, index_t cols) { return concat("[", rows, " x ", cols, "]"); }
+namespace detail {
+
+struct shape_text {
+  index_t rows, cols;
+  friend std::ostream& operator<<(std::ostream& out, const shape_text& s) { return out << '[' << s.rows << " x " << s.cols << ']'; }
+};
+
+}  // namespace detail
+
+/// "[rows x cols]", for messages: written only if one is.
+inline detail::shape_text to_text(index_t rows, index_t cols) { return {rows, cols}; }
 
 /// Throws shape_error unless m is [rows x cols].
 template <class S>

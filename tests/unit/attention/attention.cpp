@@ -419,6 +419,19 @@ TEST(attention, padding_gives_nothing_and_is_no_key) {
     x.row(1).array() += 3;
     x.row(10).array() -= 3;
     EXPECT_EQ(run(l, x, ctx), y);
+    attention<double>::record r;
+    auto g = make_gradient(l), spoiled = make_gradient(l);
+    matrix<double> dx(13, 8), d_spoiled(13, 8), again(13, 8);
+    const matrix<double> dy = random(13, 8, 2);
+    l.forward(x, again, r, ctx);
+    l.backward(x, r, dy, dx, g, ctx);
+    x.row(4).setConstant(std::numeric_limits<double>::quiet_NaN());  // reaches nothing
+    l.forward(x, again, r, ctx);
+    EXPECT_EQ(again, y);
+    l.backward(x, r, dy, d_spoiled, spoiled, ctx);
+    EXPECT_EQ(d_spoiled, dx);
+    EXPECT_EQ(spoiled.key.weight, g.key.weight);
+    EXPECT_EQ(spoiled.value.weight, g.value.weight);
     for (const index_t t : {1, 4, 5, 10}) EXPECT_EQ(y.row(t).cwiseAbs().maxCoeff(), 0);
   }
 }

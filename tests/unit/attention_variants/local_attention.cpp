@@ -372,6 +372,13 @@ TEST(local_attention, a_refused_decode_changes_nothing) {
   EXPECT_THROW(l.truncate(cache, 0, 1), index_error);
   EXPECT_EQ(cache.length, (offsets{0, 0}));
   EXPECT_THROW((void)local_attention<double>({.inputs = 8, .heads = 2}, rng_key{1}).make_cache(1, 1), config_error);  // not causal
+  // The last chunk sees the first one behind it, which is another chunk once there are more tokens.
+  const local_attention<double> around({.inputs = 8, .heads = 2, .chunk = 4, .after = 1, .causal = true}, rng_key{1});
+  EXPECT_THROW((void)around.make_cache(1, 1), config_error);
+  const matrix<double> twenty = random<double>(20, 8, 3), sixteen = twenty.topRows(16);
+  const matrix<double> longer = run(around, twenty, {}).topRows(16);
+  EXPECT_GT(difference(run(around, sixteen, {}), longer), 1e-3);
+  EXPECT_THROW((void)l.make_cache(1, std::numeric_limits<index_t>::max()), config_error);
 }
 
 // A window holds NaN: its queries may give NaN, nobody else does.

@@ -825,6 +825,11 @@ TEST(lsh_attention, bad_options_and_inputs_are_errors) {
   EXPECT_THROW(l.forward(x, y, none, ctx), state_error);
   EXPECT_THROW(l.backward(x, none, y, dx, g, {}), state_error);
   EXPECT_THROW(l.reverse(x, y, none, y, dx, g, {}), state_error);
+  auto fewer = small();
+  fewer.hash.rounds = 1;
+  const lsh_attention<double> one_round(fewer, {});
+  one_round.forward(x, y, none, {});
+  EXPECT_THROW(l.backward(x, none, y, dx, g, {}), state_error);
   lsh_attention<double> given(small(), {});
   // 2 heads, 3 rounds and 3 directions are 18 rows; twice as many would be those of other rounds or buckets.
   for (const index_t directions : {7, 9, 36}) {

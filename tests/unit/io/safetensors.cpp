@@ -221,7 +221,7 @@ TEST_F(safetensors, shapes_as_matrices) {
   out.add<double>("column", column);
   out.write(file());
   const safetensors_file in(file());
-  const auto shape = [&](const char* name) { return to_text(in.info(name).shape) + to_text(in.info(name).rows(), in.info(name).cols()); };
+  const auto shape = [&](const char* name) { return concat(to_text(in.info(name).shape), to_text(in.info(name).rows(), in.info(name).cols())); };
   EXPECT_EQ(shape("scalar"), "[][1 x 1]");
   EXPECT_EQ(shape("vector"), "[24][1 x 24]");
   EXPECT_EQ(shape("cube"), "[2, 3, 4][6 x 4]");

@@ -55,6 +55,17 @@ TEST(workspace, a_second_call_allocates_nothing_whoever_runs_which_piece) {
   EXPECT_EQ(work.bytes(), held);
 }
 
+TEST(workspace, a_check_that_passes_writes_no_text) {
+#if defined(LITHE_COUNTS_MALLOC)
+  const matrix_view<float> large(nullptr, 1048576, 1024);
+  const long before = mallocs;
+  require_shape("layer", "y", large, 1048576, 1024);
+  EXPECT_EQ(mallocs, before);
+#else
+  GTEST_SKIP() << "malloc is not ours to count here";
+#endif
+}
+
 TEST(workspace, memory_is_each_worker_s_own_and_comes_back_in_order) {
   chosen_worker exec;
   workspace work(exec);

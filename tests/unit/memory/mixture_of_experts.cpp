@@ -313,7 +313,7 @@ TEST(mixture_of_experts, refuses_what_does_not_fit_in_a_sentence) {
   says(c, "mixture_of_experts: expected top_k from 1 to the 4 experts, got 5");
   c = small();
   c.hidden = 0;
-  says(c, "mixture_of_experts: expected at least 1 hidden feature, got 0");
+  says(c, "mixture_of_experts: expected at least 1 feature, 1 expert and 1 hidden feature, got 6, 4 and 0");
   c = small();
   c.balance = -1;
   says(c, "mixture_of_experts: expected loss coefficients of 0 or more, got -1 and 0");

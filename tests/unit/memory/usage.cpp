@@ -43,6 +43,11 @@ TEST(usage, counts_weights_best_picks_and_overlap) {
   EXPECT_NEAR(r.weighted.used, 50, 1e-12);                 // slot 3 has weight 0
   EXPECT_NEAR(r.top1_used, 30, 1e-12);                     // 1, 2 and 4
   EXPECT_NEAR(r.head_overlap, 2.0 / 7, 1e-12);             // slot 2 of the first token, twice
+  usage_meter alone(10);
+  slots << 3, 3, 3, 3,  //
+      4, 4, 5, 5;
+  alone.add<float>(slots, weights, 1);
+  EXPECT_EQ(alone.report().head_overlap, 0);  // one head overlaps with nobody, whatever it repeats
 }
 
 TEST(usage, refuses_what_it_cannot_count) {
@@ -55,8 +60,12 @@ TEST(usage, refuses_what_it_cannot_count) {
   slots << 1, 2;
   weights << 1, -1;
   EXPECT_THROW(meter.add<float>(slots, weights, 1), config_error);
+  weights << 1, std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(meter.add<float>(slots, weights, 1), config_error);
+  weights << 1, 1;
+  for (const index_t heads : {-1, 0, 3}) EXPECT_THROW(meter.add<float>(slots, weights, heads), config_error) << heads;
   EXPECT_EQ(meter.report().picks, 0);
-  EXPECT_THROW(usage_meter(0), config_error);
+  for (const index_t rows : {-1, 0}) EXPECT_THROW(usage_meter{rows}, config_error) << rows;
 }
 
 }  // namespace usage_tests

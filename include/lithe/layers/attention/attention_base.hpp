@@ -84,13 +84,14 @@ struct attention_base {
 
   void run_forward(const attention_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, matrix_view<S> y, const activations& a,
                    const context& ctx) const {
-    query.forward(x, a.query, ctx);
-    key.forward(source, a.key, ctx);
-    value.forward(source, a.value, ctx);
+    const unpadded<S> rows(x, source, ctx);
+    query.forward(rows.x, a.query, ctx);
+    key.forward(rows.source, a.key, ctx);
+    value.forward(rows.source, a.value, ctx);
     rotate(a.query, a.key, false, ctx);
     h.forward(a.query, a.key, a.value, a.context, a.log_sum_exp, ctx);
     output.forward(a.context, y, ctx);
-    zero_padding(y, ctx);
+    zero_padding<S>(y, ctx);
   }
   /// Without a record.
   void run_forward(const attention_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, matrix_view<S> y, const context& ctx) const {
@@ -115,30 +116,19 @@ struct attention_base {
     require<state_error>(r.query.rows() == x.rows() && r.key.rows() == source.rows(), "attention: the record is of another call: expected ", x.rows(),
                          " and ", source.rows(), " rows, got ", r.query.rows(), " and ", r.key.rows());
     const index_t T = x.rows(), N = source.rows(), G = key.weight.rows();
-    const scratch<S> unpadded(ctx, ctx.mask.empty() ? 0 : T, dy.cols());
-    if (!ctx.mask.empty()) {
-      unpadded.map() = dy.map();
-      zero_padding(unpadded.view(), ctx);
-      dy = unpadded.view();
-    }
+    const unpadded<S> rows(x, source, ctx), d(dy, dy, ctx);
     const scratch<S> d_context(ctx, T, query.weight.rows()), dq(ctx, T, query.weight.rows()), dk(ctx, N, G), dv(ctx, N, G);
-    output.backward(r.context, {}, dy, d_context, g.output, ctx);
+    output.backward(r.context, {}, d.x, d_context, g.output, ctx);
     h.backward(r.query, r.key, r.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(), dv.view(), ctx);
     rotate(dq.view(), dk.view(), true, ctx);
-    query.backward(x, {}, dq, dx, g.query, ctx);
+    query.backward(rows.x, {}, dq, dx, g.query, ctx);
     if (config.rotary_width != 0) {
-      key.add_backward(source, dk, ds, g.key, ctx);
+      key.add_backward(rows.source, dk, ds, g.key, ctx);
     } else {  // a key's bias adds the same to all scores of a query, so its gradient is 0 and not the rounding of one
       gemm_nn<S>(dk, key.weight, ds, ctx, update::add);
-      gemm_tn<S>(dk, source, g.key.weight, ctx, update::add);
+      gemm_tn<S>(dk, rows.source, g.key.weight, ctx, update::add);
     }
-    value.add_backward(source, dv, ds, g.value, ctx);
-  }
-
-  static void zero_padding(matrix_view<S> y, const context& ctx) {
-    if (!ctx.mask.empty())
-      for (index_t t = 0; t < y.rows(); ++t)
-        if (!ctx.valid(t)) std::fill_n(y.row(t), y.cols(), S(0));
+    value.add_backward(rows.source, dv, ds, g.value, ctx);
   }
 
  private:

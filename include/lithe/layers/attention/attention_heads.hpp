@@ -29,6 +29,28 @@ void check_heads(const char* who, index_t T, index_t N, index_t H, segments key_
   if (bias.gradient.data() != nullptr) require_shape(who, "an attention bias gradient", bias.gradient, H * T, N);
 }
 
+template <class S>
+void zero_padding(matrix_view<S> y, const context& ctx) {
+  if (!ctx.mask.empty())
+    for (index_t t = 0; t < y.rows(); ++t)
+      if (!ctx.valid(t)) std::fill_n(y.row(t), y.cols(), S(0));
+}
+/// x and source with zeros in the rows of padding, so that a NaN there reaches nothing; themselves without a mask. The mask is that
+/// of x; a source of its own has none.
+template <class S>
+struct unpadded {
+  scratch<S> copied;
+  matrix_view<const S> x, source;
+  unpadded(matrix_view<const S> x_, matrix_view<const S> source_, const context& ctx)
+      : copied(ctx, ctx.mask.empty() ? 0 : x_.rows(), x_.cols()), x(x_), source(source_) {
+    if (ctx.mask.empty()) return;
+    copied.map() = x.map();
+    zero_padding<S>(copied, ctx);
+    if (source.data() == x.data()) source = copied.view();
+    x = copied.view();
+  }
+};
+
 /// What the queries of one head see of the keys of their sequence, both counted from the first row given.
 template <class S>
 struct attention_mask {

@@ -140,7 +140,6 @@ struct bucket_attention {
     require<config_error>(config.causal, who, ": expected a causal layer to decode with");
     require<config_error>(config.hash.family != hash_family::external && config.hash.sharing != direction_sharing::head_and_sequence, who,
                           ": decoding needs directions of its own that do not depend on the sequence");
-    require<config_error>(capacity >> 31 == 0, who, ": expected a capacity below 2^31 tokens, got ", capacity);
     cache c{key_value_cache<S>(who, slots, capacity, config.heads, config.head_width), {}, {}, {}, {}};
     const index_t N = directions();
     c.directions.resize(config.heads * N, config.head_width);

@@ -162,7 +162,7 @@ struct collaborative_base {
   }
   void run_forward(const collaborative_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, matrix_view<S> y, const activations& a,
                    const context& ctx) const {
-    const unpadded rows(x, source, ctx);
+    const unpadded<S> rows(x, source, ctx);
     query.forward(rows.x, a.query, ctx);
     project_source(rows.source, a.key, a.content, a.value, ctx);
     h.forward(a.query, a.key, a.content, a.value, a.context, a.log_sum_exp, ctx);
@@ -171,7 +171,7 @@ struct collaborative_base {
       output.forward(a.context, y, ctx);
     else if (y.data() != a.context.data())
       copy<S>(a.context, y, ctx);
-    zero_padding(y, ctx);
+    zero_padding<S>(y, ctx);
   }
   /// Without a record.
   void run_forward(const collaborative_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, matrix_view<S> y, const context& ctx) const {
@@ -198,8 +198,8 @@ struct collaborative_base {
                          "collaborative_attention: the record is of another call: expected ", x.rows(), " and ", source.rows(), " rows, got ",
                          r.query.rows(), " and ", r.key.rows());
     const index_t T = x.rows(), N = source.rows(), K = config.key_width, V = config.value_width, H = config.heads;
-    const unpadded rows(x, source, ctx);
-    const unpadded upstream(dy, dy, ctx);
+    const unpadded<S> rows(x, source, ctx);
+    const unpadded<S> upstream(dy, dy, ctx);
     const scratch<S> d_context(ctx, T, V), dots(ctx, H, T), dq(ctx, T, K), dk(ctx, N, K), dc(ctx, contents(), N), dv(ctx, N, V);
     if (config.projected)
       output.backward(r.context, {}, upstream.x, d_context, g.output, ctx);
@@ -229,27 +229,6 @@ struct collaborative_base {
       for (index_t h = 0; h < config.heads; ++h) o.slice_rows(first, last - first).slice_cols(h * width, width).map() *= head_mask(0, h);
     });
   }
-  static void zero_padding(matrix_view<S> y, const context& ctx) {
-    if (!ctx.mask.empty())
-      for (index_t t = 0; t < y.rows(); ++t)
-        if (!ctx.valid(t)) std::fill_n(y.row(t), y.cols(), S(0));
-  }
-
- private:
-  /// x and source with zeros in the rows of padding, so that a NaN there reaches nothing; themselves without a mask. The mask is that
-  /// of x; a source of its own has none.
-  struct unpadded {
-    scratch<S> copied;
-    matrix_view<const S> x, source;
-    unpadded(matrix_view<const S> x_, matrix_view<const S> source_, const context& ctx)
-        : copied(ctx, ctx.mask.empty() ? 0 : x_.rows(), x_.cols()), x(x_), source(source_) {
-      if (ctx.mask.empty()) return;
-      copied.map() = x.map();
-      zero_padding(copied.view(), ctx);
-      if (source.data() == x.data()) source = copied.view();
-      x = copied.view();
-    }
-  };
 };
 
 }  // namespace detail

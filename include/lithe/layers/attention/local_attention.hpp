@@ -84,9 +84,11 @@ struct local_attention {
     value.add_backward(x, dv, dx, g.value, ctx);
   }
 
-  /// Throws config_error unless the layer is causal: an earlier row would change.
+  /// Throws config_error unless the layer is causal and its windows do not reach around to later chunks: an earlier row would change.
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
     require<config_error>(config.causal, who, ": expected a causal layer to decode with");
+    require<config_error>(!config.circular || config.after == 0, who, ": expected after = 0 to decode with circular windows, whose last chunk would see ",
+                          "the first one anew with each length, got ", config.after);
     return cache(who, slots, capacity, config.heads, config.head_width);
   }
   /// The rows of the full pass (of one whose windows do not wrap around to themselves: before < chunks, or not circular).

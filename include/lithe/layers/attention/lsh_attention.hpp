@@ -72,8 +72,9 @@ struct lsh_attention {
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     check(x, dy, ctx);
     require_shape("lsh_attention", "dx", dx, x.rows(), x.cols());
-    require<state_error>(r.context.rows() == x.rows() && r.buckets.value.cols() == x.rows(), "lsh_attention: the record is of another call: expected ",
-                         x.rows(), " rows, got ", r.context.rows(), " and bucket ids of ", r.buckets.value.cols());
+    require<state_error>(r.context.rows() == x.rows(), "lsh_attention: the record is of another call: expected ", x.rows(), " rows, got ",
+                         r.context.rows());
+    check_ids(x.rows(), r);
     run_backward(x, r, {}, dy, dx, g, ctx);
   }
 

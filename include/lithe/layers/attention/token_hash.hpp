@@ -84,23 +84,17 @@ struct token_hash {
                               ": expected external bucket ids below ", buckets, ", got ", ids(r, t));
   }
   void check(const char* who, const bucket_factors& f) const {
-    require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected 1 to ", max_buckets, " buckets a round, got ", product_of(f));
+    require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected 1 to ", max_buckets, " buckets a round, got ", f);
     if (config.family == hash_family::rotation)
       for (const index_t n : f.span())
-        require<config_error>(n >= 2 && n % 2 == 0, who, ": expected every bucket count to be even and at least 2 for random rotations, got ", product_of(f));
+        require<config_error>(n >= 2 && n % 2 == 0, who, ": expected every bucket count to be even and at least 2 for random rotations, got ", f);
     if (config.family == hash_family::sign)
       require<config_error>(f.total() >= 2 && std::has_single_bit(static_cast<std::uint64_t>(f.total())), who,
-                            ": expected a power of 2 of at least 2 buckets for a sign hash, got ", product_of(f));
+                            ": expected a power of 2 of at least 2 buckets for a sign hash, got ", f);
   }
 
  private:
   static constexpr std::uint64_t directions_child = 0x6469726563740001;  // apart from the small numbers of other draws
-
-  static std::string product_of(const bucket_factors& f) {
-    std::string s;
-    for (const index_t n : f.span()) s += concat(s.empty() ? "" : " x ", n);
-    return s;
-  }
 };
 
 }  // namespace lithe::inline LITHE_ABI

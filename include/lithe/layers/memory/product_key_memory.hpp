@@ -36,7 +36,6 @@ struct product_key_memory_config {
   bool weighted = true;              ///< false: every pick counts 1, so keys and queries get no gradient
   double input_dropout = 0, weight_dropout = 0;
   bool detach_input = false;         ///< no gradient to x
-  bool train_values_only = false;    ///< skip the gradient of weights, keys, queries and x
 };
 
 /// Product-key memory (arXiv 1907.05242), with Memory+ (2412.09764) and PEER (2407.04153) as read-outs. For every token x [inputs]:
@@ -174,11 +173,11 @@ struct product_key_memory {
     if (experts()) {
       experts_backward(in, r.read, slots, weights, dm, dw, din, g, ctx);
     } else {
-      if (!config.train_values_only && config.weighted) values.row_dots(slots.span(), per_row(), spread(dm.view()), dw.span(), ctx);
+      if (config.weighted) values.row_dots(slots.span(), per_row(), spread(dm.view()), dw.span(), ctx);
       values.scatter_add({slots.span(), weights.span(), per_row()}, spread(dm.view()), g.values, ctx);
     }
 
-    if (!config.train_values_only && config.weighted) {
+    if (config.weighted) {
       const scratch<S> dq(ctx, T, query.outputs()), dfrom(ctx, T, x.cols());
       if (ctx.train && config.weight_dropout > 0) drop<S>(dw, dw, config.weight_dropout, ctx.child(2).key, ctx);
       gate.backward(by_head(view(r.scores)), by_head(dw.view()), by_head(dw.view()), ctx);
@@ -219,6 +218,8 @@ struct product_key_memory {
     if (c.value_width == 0) c.value_width = c.outputs;
     require<config_error>(c.inputs >= 1, "product_key_memory: expected at least 1 input, got ", c.inputs);
     require<config_error>(c.heads >= 1, "product_key_memory: expected at least 1 head, got ", c.heads);
+    require<config_error>(!c.concat_heads || c.readout.kind == memory_readout_kind::linear || c.readout.kind == memory_readout_kind::silu_gated,
+                          "product_key_memory: concat_heads needs a linear or silu_gated read-out, which takes the heads side by side");
     require<config_error>(c.flat || c.key_width % 2 == 0, "product_key_memory: key_width is cut into two halves, so it must be even, got ", c.key_width);
     const index_t slots = c.flat ? c.sub_keys : c.sub_keys * c.sub_keys;
     require<config_error>(slots < (index_t{1} << 31), "product_key_memory: expected fewer than 2^31 slots, got ", slots);

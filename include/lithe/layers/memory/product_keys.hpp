@@ -48,7 +48,7 @@ struct product_keys {
     const index_t most = c.flat ? c.top_k : c.top_k * c.top_k;
     require<config_error>(config.final_k >= 1 && config.final_k <= most && (!c.flat || config.final_k == c.top_k),
                           "product keys: expected final_k from 1 to ", most, c.flat ? " and equal to top_k for flat keys" : "", ", got ", config.final_k);
-    require<config_error>(c.flat || c.sub_keys < (index_t{1} << 15) + (index_t{1} << 14), "product keys: sub_keys² must stay below 2^31, got ",
+    require<config_error>(c.flat || c.sub_keys < 46341, "product keys: sub_keys² must stay below 2^31, got ",
                           c.sub_keys, " sub-keys");
     keys.resize(tables() * c.sub_keys, c.width);
     const double bound = 1 / std::sqrt(static_cast<double>(c.width));

@@ -61,7 +61,7 @@ struct tucker_keys {
   tucker_keys() = default;
   /// Keys start at N(0, 1/√d), cores at U(0, 1). Throws config_error.
   tucker_keys(tucker_keys_config c, rng_key key)
-      : config(c), keys(c.heads * 2 * c.sub_keys, c.rank * c.width), norm(c.norm, c.width, c.norm_bias, c.epsilon, c.norm_scale),
+      : config(checked(c)), keys(c.heads * 2 * c.sub_keys, c.rank * c.width), norm(c.norm, c.width, c.norm_bias, c.epsilon, c.norm_scale),
         cores(c.cores * c.heads * c.rank, c.rank), u(matrix<S>::Zero(c.heads, c.rank)), t(matrix<S>::Zero(c.heads, c.rank)) {
     if (config.final_k == 0) config.final_k = config.top_k;
     fill_normal<S>(keys, 1 / std::sqrt(static_cast<double>(c.width)), key.child(0));

@@ -28,22 +28,23 @@ struct usage_report {
 class usage_meter {
  public:
   /// Throws config_error unless rows >= 1.
-  explicit usage_meter(index_t rows) : weight_(static_cast<std::size_t>(rows)), count_(weight_.size()), best_(weight_.size()) {
-    require<config_error>(rows >= 1, "usage_meter: expected at least 1 row, got ", rows);
-  }
+  explicit usage_meter(index_t rows) : weight_(checked(rows)), count_(weight_.size()), best_(weight_.size()) {}
 
-  /// Adds the picks of T tokens, [T x heads picks], the first of each head its best; -1 is no pick. Throws index_error for a slot outside
-  /// the table, config_error for a negative weight; then nothing was added.
+  /// Adds the picks of T tokens, [T x heads picks], the first of each head its best; -1 is no pick. Throws config_error unless the columns are as
+  /// many for each head, index_error for a slot outside the table, config_error for the weight of a pick that is negative or not a number; then
+  /// nothing was added.
   template <class S>
   void add(matrix_view<const slot_t> slots, matrix_view<const S> weights, index_t heads) {
     require_shape("usage_meter", "weights", weights, slots.rows(), slots.cols());
+    require<config_error>(heads >= 1 && slots.cols() % heads == 0, "usage_meter: expected as many picks for each head, got ", slots.cols(), " for ", heads,
+                          " heads");
     for (index_t t = 0; t < slots.rows(); ++t)
       for (index_t p = 0; p < slots.cols(); ++p) {
         require<index_error>(slots(t, p) < rows(), "usage_meter: slot ", slots(t, p), " lies outside 0 .. ", rows() - 1);
-        require<config_error>(!(weights(t, p) < S(0)), "usage_meter: expected weights that are not negative, got ", weights(t, p));
+        require<config_error>(slots(t, p) < 0 || weights(t, p) >= S(0), "usage_meter: expected weights that are not negative, got ", weights(t, p));
       }
     const index_t k = slots.cols() / heads;
-    std::vector<slot_t> sorted;
+    std::vector<std::pair<slot_t, index_t>> sorted;  // with its head
     for (index_t t = 0; t < slots.rows(); ++t) {
       for (index_t p = 0; p < slots.cols(); ++p) {
         const slot_t slot = slots(t, p);
@@ -53,10 +54,14 @@ class usage_meter {
         if (p % k == 0) best_[static_cast<std::size_t>(slot)] = 1;
         picks_ += 1;
       }
-      sorted.assign(slots.row(t), slots.row(t) + slots.cols());
+      sorted.clear();
+      for (index_t p = 0; p < slots.cols(); ++p)
+        if (slots(t, p) >= 0) sorted.emplace_back(slots(t, p), p / k);
       std::sort(sorted.begin(), sorted.end());
-      for (std::size_t i = 0; i < sorted.size(); ++i)
-        if (sorted[i] >= 0 && ((i > 0 && sorted[i - 1] == sorted[i]) || (i + 1 < sorted.size() && sorted[i + 1] == sorted[i]))) shared_ += 1;
+      for (std::size_t i = 0, end = 0; i < sorted.size(); i = end) {
+        while (end < sorted.size() && sorted[end].first == sorted[i].first) ++end;
+        if (sorted[i].second != sorted[end - 1].second) shared_ += static_cast<double>(end - i);
+      }
     }
   }
 
@@ -102,6 +107,11 @@ class usage_meter {
   }
 
  private:
+  static std::size_t checked(index_t rows) {
+    require<config_error>(rows >= 1, "usage_meter: expected at least 1 row, got ", rows);
+    return static_cast<std::size_t>(rows);
+  }
+
   std::vector<double> weight_, count_;
   std::vector<std::uint8_t> best_;
   double picks_ = 0, shared_ = 0;

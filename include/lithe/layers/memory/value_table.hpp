@@ -129,7 +129,7 @@ class shared_table {
   shared_table() = default;
   explicit shared_table(T table) : table_(std::make_shared<T>(std::move(table))) {}
 
-  [[nodiscard]] index_t slots() const { return rows(); }
+  [[nodiscard]] index_t slots() const { return table_ ? table_->slots() : 0; }
   [[nodiscard]] index_t rows() const { return table_ ? table_->rows() : 0; }
   [[nodiscard]] index_t cols() const { return table_ ? table_->cols() : 0; }
   [[nodiscard]] T& table() { return *table_; }
