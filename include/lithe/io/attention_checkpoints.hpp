@@ -100,7 +100,7 @@ void import_attention(const safetensors_file& file, const attention_names& n, in
   const bool bias = file.contains(n.query + ".bias") || file.contains(n.value + ".bias");
   detail::read_linear(file, n.query, l.query, 0, 0, bias);
   const index_t width = l.query.weight.rows();
-  require<config_error>(heads >= 1 && width % heads == 0, "import_attention: expected heads that divide ", width, ", got ", heads);
+  require<config_error>(heads >= 1 && width >= 1 && width % heads == 0, "import_attention: expected heads that divide ", width, ", got ", heads);
   detail::read_linear(file, n.key, l.key, width, 0, bias);
   detail::read_linear(file, n.value, l.value, width, l.key.weight.cols(), bias);
   detail::read_linear(file, n.output, l.output, 0, width, bias);
@@ -122,6 +122,8 @@ void import_collaborative(const safetensors_file& file, const attention_names& n
   detail::collaborative_base<S> l;
   l.mixing = file.read_matrix<S>(n.shared + "mixing");
   const index_t H = l.mixing.rows(), r = l.mixing.cols();
+  require<io_error>(H >= 1 && r >= 1, file.path().string(), ": tensor ", detail::quoted(n.shared + "mixing"),
+                    ": expected a row for each head and at least 1 column, found ", to_text(H, r));
   detail::read_linear(file, n.shared + "query", l.query, r, 0);
   detail::read_linear(file, n.shared + "key", l.key, r, 0);
   l.key.bias.resize(0, r);

@@ -142,4 +142,7 @@ class atomic_file {
   std::vector<char> buffer_;
 };
 
+/// Throws io_error unless `path` can be written: for programs that write it only after hours of work.
+inline void require_writable(const std::filesystem::path& path) { const atomic_file attempt(path); }
+
 }  // namespace lithe::inline LITHE_ABI

@@ -139,9 +139,10 @@ void import_memory(memory_code code, const safetensors_file& file, std::string p
         if (is_table(t) && !values) return;
         require<io_error>(file.contains(prefix + p.name), file.path().string(), ": tensor ", detail::quoted(prefix + p.name), ": expected shape ",
                           to_text(p.shape), ", found no tensor of that name");
-        const auto& found = file.info(prefix + p.name).shape;
-        require<io_error>(found == p.shape, file.path().string(), ": tensor ", detail::quoted(prefix + p.name), ": expected shape ", to_text(p.shape),
-                          ", found ", to_text(found));
+        const tensor_info& found = file.info(prefix + p.name);
+        require<io_error>(found.shape == p.shape, file.path().string(), ": tensor ", detail::quoted(prefix + p.name), ": expected shape ", to_text(p.shape),
+                          ", found ", to_text(found.shape));
+        file.template check_kind<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(prefix + p.name);
       },
       layer);
   for (const auto& name : names)

@@ -27,8 +27,16 @@ struct reformer_settings {
     const auto found = json.find(key);
     if (found == json.end() || found->is_null()) return;
     try {
-      if constexpr (std::integral<std::remove_cvref_t<decltype(value)>> && !std::same_as<std::remove_cvref_t<decltype(value)>, bool>)
-        require<io_error>(found->is_number_integer(), "reformer config: key '", key, "': expected an integer, found ", found->dump());
+      using V = std::remove_cvref_t<decltype(value)>;
+      const auto whole = [&](const nlohmann::json& number) {
+        require<io_error>(number.is_number_integer(), "reformer config: key '", key, "': expected an integer, found ", number.dump());
+      };
+      if constexpr (std::integral<V> && !std::same_as<V, bool>) {
+        whole(*found);
+        require<io_error>(std::in_range<V>(found->get<std::int64_t>()), "reformer config: key '", key, "': too large: ", found->dump());
+      }
+      if constexpr (std::same_as<V, std::vector<index_t>>)
+        for (const auto& number : *found) whole(number);
       found->get_to(value);
     } catch (const nlohmann::json::exception&) {
       throw io_error(concat("reformer config: key '", key, "': expected another type, found ", found->dump()));
@@ -71,7 +79,7 @@ struct reformer_settings {
       {"relu", activation::relu}, {"gelu", activation::gelu}, {"gelu_new", activation::gelu_tanh}, {"silu", activation::silu}, {"swish", activation::silu}};
   require<io_error>(kinds.contains(kind), "reformer config: key 'hidden_act': expected relu, gelu, gelu_new, silu or swish, found '", kind, "'");
   c.kind = kinds.at(kind);
-  if (json.contains("attn_layers")) c.layers.clear();
+  if (const auto found = json.find("attn_layers"); found != json.end() && !found->is_null()) c.layers.clear();
   for (const std::string& layer : layers) {
     require<io_error>(layer == "local" || layer == "lsh", "reformer config: key 'attn_layers': expected local or lsh, found '", layer, "'");
     c.layers.push_back(layer == "local" ? reformer_layer::local : reformer_layer::lsh);
@@ -88,6 +96,8 @@ struct reformer_settings {
       read("num_buckets", factors);
     else
       read("num_buckets", factors.front());
+    require<io_error>(factors.size() <= c.buckets.factor.size(), "reformer config: key 'num_buckets': expected at most ", c.buckets.factor.size(),
+                      " factors, found ", factors.size());
     c.buckets = bucket_factors(std::span<const index_t>(factors));
   }
   return s;
@@ -169,7 +179,7 @@ void import_reformer(const safetensors_file& file, reformer<S>& model) {
                           ", found no tensor of that name");
         const tensor_info& info = file.info(found);
         require<io_error>(info.shape == shape, path, ": tensor ", detail::quoted(name), ": expected shape ", to_text(shape), ", found ", to_text(info.shape));
-        require<io_error>(is_floating(info.type), path, ": tensor ", detail::quoted(name), ": expected floating-point numbers, found ", info.type_name);
+        file.template check_kind<S>(found);
         reads.emplace_back([&file, &t, found] {
           const auto numbers = file.template read<S>(found);
           std::copy(numbers.begin(), numbers.end(), t.data());

@@ -48,6 +48,12 @@ class safetensors_file {
     read_rows<T>(name, 0, out);
     return out;
   }
+  /// Throws io_error unless the tensor's numbers are of T's kind: floating-point or whole.
+  template <tensor_number T>
+  void check_kind(const std::string& name) const {
+    const tensor_info& i = readable<T>(name);
+    require<io_error>(!std::floating_point<T> || is_floating(i.type), who(name), ": expected floating-point numbers, found ", i.type_name);
+  }
   /// Into a matrix that has the tensor's shape.
   template <tensor_number T>
   void read(const std::string& name, matrix_view<T> out) const {

@@ -17,7 +17,7 @@ struct temporary_file {
 
 /// A layer's tensors under public names, with a prefix; `change` may spoil them.
 void write_public(const std::filesystem::path& path, memory_code code, const memory& m, const std::string& prefix, const std::string& leave_out = "",
-                  const std::string& add = "") {
+                  const std::string& add = "", const std::string& whole_numbers = "") {
   std::map<std::string, std::pair<std::vector<index_t>, std::vector<double>>> all;
   visit_public(
       code, m,
@@ -45,6 +45,9 @@ void write_public(const std::filesystem::path& path, memory_code code, const mem
   for (const auto& [name, tensor] : all)
     if (name.ends_with("head_permutations")) {
       slots.assign(tensor.second.begin(), tensor.second.end());
+      file.add<std::int64_t>(name, tensor.first, slots);
+    } else if (name == prefix + whole_numbers) {
+      slots.assign(tensor.second.size(), 1);
       file.add<std::int64_t>(name, tensor.first, slots);
     } else {
       file.add<double>(name, tensor.first, tensor.second);
@@ -112,6 +115,8 @@ TEST(memory_checkpoints, missing_foreign_and_unknown_tensors_are_named_and_nothi
   EXPECT_EQ(message(), ": tensor 'a.keys': expected shape [2, 2, 7, 4], found [2, 2, 8, 4]");
   write_public(file.path, memory_code::xlm, from, "a.", "", "surprise");
   EXPECT_EQ(message(), ": tensor 'a.surprise': the layer has no such tensor");
+  write_public(file.path, memory_code::xlm, from, "a.", "", "", "values.weight");
+  EXPECT_EQ(message(), ": tensor 'a.values.weight': expected floating-point numbers, found I64");
   EXPECT_EQ(output_of(to), before);
   write_public(file.path, memory_code::xlm, from, "a.", "", "query_proj.query_mlps.1.num_batches_tracked");
   EXPECT_EQ(message(), "");

@@ -326,6 +326,13 @@ TEST(attention_checkpoints, missing_tensors_are_named_and_no_bad_number_is_writt
   spoiled.mixing(0, 0) = std::numeric_limits<double>::infinity();
   safetensors_writer out;
   EXPECT_THROW(export_collaborative(out, find_attention(safetensors_file(file.path)).at(0), spoiled), config_error);
+  checkpoint none;  // a shared layer of no heads
+  none.put("a.mixing", 0, 4);
+  none.write(file.path);
+  shared_heads to({.inputs = D, .heads = H}, rng_key{1});
+  attention_names names;
+  names.shared = "a.";
+  EXPECT_THROW(import_collaborative(safetensors_file(file.path), names, to), io_error);
 }
 
 }  // namespace attention_checkpoints_tests

@@ -227,6 +227,10 @@ TEST(reformer_checkpoints, configurations_are_read_with_the_published_defaults) 
   refused(R"({"attn_layers": ["local", "full"]})", "key 'attn_layers': expected local or lsh, found 'full'");
   refused(R"({"attn_layers": 3})", "key 'attn_layers': expected another type, found 3");
   refused(R"({"hidden_act": "tanh"})", "key 'hidden_act': expected relu, gelu, gelu_new, silu or swish, found 'tanh'");
+  refused(R"({"axial_pos_shape": [64.5, 64]})", "key 'axial_pos_shape': expected an integer, found 64.5");
+  refused(R"({"pad_token_id": 4294967298})", "key 'pad_token_id': too large: 4294967298");
+  refused(R"({"num_buckets": [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]})", "key 'num_buckets': expected at most 16 factors, found 17");
+  EXPECT_EQ(read_reformer_config(nlohmann::json::parse(R"({"attn_layers": null})")).model.layers.size(), 6U);
   refused("[]", "expected a JSON object, found a JSON array");
   auto c = small();
   c.position_widths = {2, 5};
