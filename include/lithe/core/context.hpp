@@ -45,6 +45,11 @@ struct context {
   [[nodiscard]] index_t slot(index_t sequence) const {
     return slots.empty() ? sequence : slots[static_cast<std::size_t>(sequence)];
   }
+  /// Throws shape_error unless segments and mask are of n rows.
+  void check(const char* who, index_t n) const {
+    rows.check(who, n);
+    require<shape_error>(mask.empty() || static_cast<index_t>(mask.size()) == n, who, ": expected a mask of ", n, " rows, got ", mask.size());
+  }
   /// Whether row i is no padding.
   [[nodiscard]] bool valid(index_t row) const { return mask.empty() || mask[static_cast<std::size_t>(row)] != 0; }
 };

@@ -71,9 +71,7 @@ struct sequence_halting {
   }
   template <class T>
   index_t checked(matrix_view<const S> x, matrix_view<T> log_q, const context& ctx) const {
-    ctx.rows.check("sequence_halting", x.rows());
-    require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == x.rows(), "sequence_halting: expected a mask of ", x.rows(),
-                         " rows, got ", ctx.mask.size());
+    ctx.check("sequence_halting", x.rows());
     require_shape("sequence_halting", "log q", log_q, ctx.rows.count(), output_shape(x).cols);
     return ctx.rows.count();
   }

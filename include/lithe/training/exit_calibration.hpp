@@ -21,7 +21,7 @@ enum class risk_bound {
 
 namespace detail {
 
-/// P[Bin(n, p) <= k], summed from the largest term down so that no factor underflows.
+/// P[Bin(n, p) <= k], each term from logarithms so that no factor underflows.
 inline double binomial_cdf(index_t k, index_t n, double p) {
   if (k >= n) return 1;
   double sum = 0;
@@ -65,7 +65,7 @@ struct calibration_result {
   std::vector<double> mean_loss, p_values;
 };
 
-/// 1 - step, 1 - 2 step, ..., 0. Throws config_error unless 0 < step <= 1.
+/// 1 - step, 1 - 2 step, ..., down to 0 or the last that is not below it. Throws config_error unless 0 < step <= 1.
 [[nodiscard]] inline std::vector<double> calibration_grid(double step = 0.05) {
   require<config_error>(step > 0 && step <= 1, "calibration_grid: expected a step in (0, 1], got ", step);
   std::vector<double> grid;

@@ -10,7 +10,8 @@ namespace lithe::inline LITHE_ABI {
 /// their gradients (4 T D numbers), what one part of one block needs, and the blocks' choices. Logits exist for `chunk` rows at a
 /// time, and the streams are turned back into the embeddings on the way. Equal to forward, `cross_entropy` and backward.
 ///
-/// Large buffers come from the workspace, which keeps them; a context without one gives them back after each use.
+/// Streams and scratch come from the workspace, which keeps them; a context without one gives them back after each use. The record of the part that
+/// is being turned back is made anew for each part.
 /// Throws what the model and `chunked_cross_entropy` throw.
 template <class Block>
 loss_result reversible_loss(const reversible_language_model<Block>& model, std::span<const token_t> ids, std::span<const token_t> targets,

@@ -50,7 +50,7 @@ struct decomposition {
   std::vector<double> errors;        ///< ‖T - T̂‖ / ‖T‖ of the start and after each sweep, before balancing
   std::vector<double> start_errors;  ///< the last error of each start
   bool converged = false;            ///< a stop test was met, or there was nothing to iterate
-  bool regularised = false;          ///< a Gram matrix was singular to rounding (the rank is more than the weights need): the ridge decided
+  bool regularised = false;          ///< a Gram matrix was singular to rounding in some start (the rank is more than the weights need): the ridge decided
 
   [[nodiscard]] double error() const { return errors.back(); }
 };
@@ -280,9 +280,9 @@ inline void check(const_doubles wq, const_doubles wk, index_t heads, const decom
 /// section 4). T [D x H x E] is never formed: a sweep of alternating least squares costs four products of the size of the projections.
 /// All numbers are in double, because the error formula cancels.
 ///
-/// Wq [H d x D], Wk [H d x E], head h in rows h d .. ; `given` = factors to start from in place of options.start. Throws config_error and
-/// shape_error for arguments that do not go together and for weights with NaN or infinity, std::runtime_error for a singular Gram matrix
-/// under a ridge of 0. Weights of zero give zero factors and error 0.
+/// Wq [H d x D], Wk [H d x E], head h in rows h d .. ; `given` = factors to start from in place of options.start, for the method that iterates.
+/// Throws config_error and shape_error for arguments that do not go together and for weights with NaN or infinity, std::runtime_error for a
+/// singular Gram matrix under a ridge of 0. Weights of zero give zero factors and error 0.
 template <std::same_as<double> S = double>
 [[nodiscard]] decomposition decompose(matrix_view<const double> wq, matrix_view<const double> wk, index_t heads, const decomposition_options& o,
                                       const context& ctx = {}, const key_query_factors* given = nullptr) {

@@ -19,12 +19,10 @@ namespace detail {
 /// Throws shape_error unless segments, mask and bias fit T rows of H heads over N keys.
 template <class S>
 void check_heads(const char* who, index_t T, index_t N, index_t H, segments key_rows, const attention_bias<S>& bias, const context& ctx) {
-  ctx.rows.check(who, T);
+  ctx.check(who, T);
   key_rows.check(who, N);
   require<shape_error>(key_rows.count() == ctx.rows.count(), who, ": expected as many sequences in the memory as in x, got ", key_rows.count(),
                        " and ", ctx.rows.count());
-  require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == T, who, ": expected a mask of ", T, " rows, got ",
-                       ctx.mask.size());
   if (bias.values.data() != nullptr) require_shape(who, "an attention bias", bias.values, H * T, N);
   if (bias.gradient.data() != nullptr) require_shape(who, "an attention bias gradient", bias.gradient, H * T, N);
 }

@@ -250,9 +250,7 @@ struct bucket_attention {
   void check(matrix_view<const S> x, matrix_view<T> y, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape(who, "y", y, out.rows, out.cols);
-    ctx.rows.check(who, x.rows());
-    require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == x.rows(), who, ": expected a mask of ", x.rows(), " rows, got ",
-                         ctx.mask.size());
+    ctx.check(who, x.rows());
   }
   void check_ids(index_t T, const matrix<bucket_t>& ids) const {
     require<state_error>(ids.rows() == config.heads * config.hash.rounds && ids.cols() == T, who, ": expected the bucket ids of ",

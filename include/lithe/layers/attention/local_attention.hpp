@@ -169,9 +169,7 @@ struct local_attention {
   detail::local_windows<S> checked(matrix_view<const S> x, matrix_view<T> y, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape(who, "y", y, out.rows, out.cols);
-    ctx.rows.check(who, x.rows());
-    require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == x.rows(), who, ": expected a mask of ", x.rows(), " rows, got ",
-                         ctx.mask.size());
+    ctx.check(who, x.rows());
     return {.heads = config.heads,
             .width = config.head_width,
             .chunk = config.chunk,

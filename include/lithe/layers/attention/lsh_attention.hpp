@@ -210,9 +210,7 @@ struct lsh_attention {
   void check(matrix_view<const S> x, matrix_view<T> y, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape("lsh_attention", "y", y, out.rows, out.cols);
-    ctx.rows.check("lsh_attention", x.rows());
-    require<shape_error>(ctx.mask.empty() || static_cast<index_t>(ctx.mask.size()) == x.rows(), "lsh_attention: expected a mask of ", x.rows(), " rows, got ",
-                         ctx.mask.size());
+    ctx.check("lsh_attention", x.rows());
     require<shape_error>(x.rows() >> 31 == 0, "lsh_attention: expected fewer than 2^31 tokens, got ", x.rows());
   }
   void check_ids(index_t T, const record& r) const {

@@ -3,6 +3,7 @@
 #include "lithe/kernels/chunk_window.hpp"
 #include "lithe/kernels/key_norm.hpp"
 #include "lithe/layers/attention/token_hash.hpp"
+#include "lithe/layers/dropout.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -74,8 +75,8 @@ namespace detail {
   require<config_error>(c.pad_to >= 1 && c.pad_to % c.chunk == 0, who, ": expected pad_to to be a multiple of the chunk ", c.chunk, ", got ", c.pad_to);
   if (c.exact_up_to == -1) c.exact_up_to = c.chunk;
   require<config_error>(c.exact_up_to >= 0, who, ": expected exact_up_to of 0 or more tokens (-1: a chunk), got ", c.exact_up_to);
-  require<config_error>(c.dropout >= 0 && c.dropout <= 1, who, ": expected a dropout between 0 and 1, got ", c.dropout);
-  require<config_error>(c.output_dropout >= 0 && c.output_dropout <= 1, who, ": expected an output_dropout between 0 and 1, got ", c.output_dropout);
+  checked_rate(who, c.dropout);
+  checked_rate(who, c.output_dropout);
   return c;
 }
 
