@@ -47,6 +47,8 @@ int run(model_config c, const run_config& r) {
   const lithe::parallel_executor exec(r.workers > 0 ? r.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
   lithe::workspace work(exec);
   const lithe::context ctx{.exec = &exec, .work = &work};
+  for (const std::string& path : {r.save, r.results, r.plot})
+    if (!path.empty()) lithe::require_writable(path);
   const dictionary d(r.words);
   bool with_heads = r.plan.exit_epochs > 0;
   if (!r.load.empty()) {
@@ -110,15 +112,16 @@ int main(int argc, char** argv) {
   app.add_option("--batch", r.plan.batch, "words a step")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--seeds", r.seeds, "of --compare: this many, from --seed")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--limit", r.plan.limit, "words to train on; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--rate", r.plan.rate, "learning rate")->capture_default_str();
+  app.add_option("--rate", r.plan.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--search", r.search, "draws of the random search for thresholds; 0 = none")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--delta", r.delta, "tolerated risk of the calibrated threshold")->capture_default_str();
   app.add_option("--workers", r.workers, "threads; 0 = all processors")->capture_default_str();
   app.add_option("--save", r.save, "file for the model");
   app.add_option("--load", r.load, "a saved model instead of training");
-  app.add_option("--results", r.results, "file that gets the table as lines of JSON");
+  app.add_option("--results", r.results, "file that gets the table as lines of JSON; --compare goes on behind the seeds that it has");
   app.add_option("--plot", r.plot, "SVG file: quality against depth");
-  app.add_flag("--compare", r.compare, "trains fixed-depth baselines, aligned, mixed and every distribution and target");
+  app.add_flag("--compare", r.compare, "trains fixed-depth baselines, aligned, mixed and every distribution and target")
+      ->excludes("--save", "--load", "--word", "--training", "--distribution", "--oracle", "--penalty", "--sigma");
   CLI11_PARSE(app, argc, argv);
   try {
     return run(c, r);

@@ -14,10 +14,10 @@ using lithe::matrix_view;
 
 /// What a pronouncer is built from; saved in its file.
 struct model_config {
-  index_t encoder_blocks = 3, decoder_blocks = 6, features = 128, heads = 4, hidden = 256, phones = 0;
+  index_t encoder_blocks = 1, decoder_blocks = 6, features = 128, heads = 4, hidden = 256, phones = 0;
   std::string classifiers = "shared";      ///< shared or independent
   std::string distribution = "geometric";  ///< geometric, multinomial, sequence; or meta: no distribution, a learned confidence
-  double dropout = 0.1;
+  double dropout = 0.2;
   std::uint64_t seed = 1;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(model_config, encoder_blocks, decoder_blocks, features, heads, hidden, phones, classifiers, distribution, dropout,

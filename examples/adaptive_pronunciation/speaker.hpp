@@ -80,3 +80,53 @@ inline spoken speak(const pronouncer& p, std::span<const entry> words, index_t b
   }
   return out;
 }
+
+/// Seconds that one block takes for all phones of some words: what their decoding takes longer through all blocks than through one, when every block
+/// has read the memory before. (That a block reads the memory of a word at its first visit is no work for a phone.)
+inline double block_seconds(const pronouncer& p, std::span<const entry> words, index_t batch, const lithe::context& base) {
+  double seconds = 0;
+  const auto n = static_cast<index_t>(words.size()), N = p.decoder.exits(), D = p.decoder.features();
+  for (index_t first = 0; first < n; first += batch) {
+    const auto part = words.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(std::min(batch, n - first)));
+    const index_t R = std::ssize(part);
+    word_batch b;
+    for (const entry& e : part) b.add(e);
+    lithe::context ctx = base;
+    ctx.rows = {b.spelling_offsets};
+    const lithe::scratch<real> memory(base, std::ssize(b.spelling), D), x(base, R, D), logits(base, R, p.decoder.answers.classes());
+    p.encoder.forward(b.spelling, memory, ctx);
+    const lithe::memory_view<real> m{memory, {b.spelling_offsets}};
+    std::vector<index_t> sources(part.size()), slots, offsets;
+    std::iota(sources.begin(), sources.end(), index_t{0});
+    std::vector<token_t> ids;
+    std::vector<std::int32_t> left(part.size());
+    auto cache = lithe::make_adaptive_cache(p.decoder, R, longest_answer + 1);
+    lithe::start_memory(p.decoder, m, sources, cache);
+    const auto pass = [&](index_t exit) {
+      for (const index_t s : sources) lithe::truncate(p.decoder, cache, s, 0);
+      auto positions = p.phones.make_cache(R, longest_answer + 1);
+      const double begin = now();
+      for (index_t t = 0;; ++t) {
+        ids.clear();
+        slots.clear();
+        offsets.assign(1, 0);
+        for (const index_t s : sources)
+          if (const index_t at = b.phone_offsets[static_cast<std::size_t>(s)] + t; at < b.phone_offsets[static_cast<std::size_t>(s) + 1]) {
+            ids.push_back(b.inputs[static_cast<std::size_t>(at)]);
+            slots.push_back(s);
+            offsets.push_back(std::ssize(slots));
+          }
+        if (ids.empty()) return now() - begin;
+        ctx.rows = {offsets};
+        ctx.slots = slots;
+        const auto rows = [&](const auto& of) { return of.view().slice_rows(0, std::ssize(ids)); };
+        p.phones.decode(ids, rows(x), positions, ctx);
+        lithe::adaptive_step(p.decoder, matrix_view<const real>(rows(x)), m, rows(logits), std::span(left).first(ids.size()), cache,
+                             {.exits = {static_cast<std::int32_t>(exit)}}, ctx);
+      }
+    };
+    pass(N);
+    seconds += N > 1 ? (pass(N) - pass(1)) / static_cast<double>(N - 1) : pass(N);
+  }
+  return seconds;
+}

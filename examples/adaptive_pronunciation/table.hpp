@@ -12,7 +12,7 @@ struct table_row {
   double error_rate = 0, mean_exit = 0;       ///< in %, in blocks
   std::vector<double> share;                  ///< of the phones that leave after each block, in %
   double kiloflops = 0;                       ///< of the decoder for a phone, by the paper's formula
-  std::array<double, 2> speed_up{}, bound{};  ///< at batch 1 and 32, over the whole stack; and what the time of a block alone would give
+  std::array<double, 2> speed_up{}, bound{};  ///< at batch 1 and 32, over the whole stack; and what the mean exit would give
 };
 
 /// Whether all phones leave after the same block, so that nothing is chosen.
@@ -21,33 +21,28 @@ inline bool fixed_depth(const table_row& r) { return r.name.find("all after") !=
 /// Measures a pronouncer's ways to speak and prints a row for each.
 class table {
  public:
-  /// Speed-ups are over this pronouncer's whole stack, or over `baseline` seconds.
-  table(const pronouncer& p, const dictionary& d, const lithe::context& ctx, const std::array<double, 2>* baseline = nullptr)
-      : p_(p), d_(d), ctx_(ctx) {
-    const auto N = static_cast<double>(p.decoder.exits());
-    for (std::size_t i = 0; i < 2; ++i) {
-      const double whole = best_time(fixed(p.decoder.exits()), i), shallow = best_time(fixed(1), i);
-      block_[i] = N > 1 ? std::max(0.0, (whole - shallow) / (N - 1)) : whole;
-      rest_[i] = whole - N * block_[i];
-      full[i] = baseline == nullptr ? whole : (*baseline)[i];
-    }
-  }
+  /// Speed-ups are over all blocks of `deepest`, which are timed in turn with each row, as is one block alone.
+  table(const pronouncer& p, const dictionary& d, const lithe::context& ctx, const pronouncer& deepest)
+      : p_(p), d_(d), ctx_(ctx), deepest_(deepest) {}
   static manner fixed(index_t n) { return {.rule = {.exits = {static_cast<std::int32_t>(n)}}}; }
   static void print_head() {
-    std::printf("\n%-50s %8s %9s %8s %18s %18s  %s\n", "exits", "PER %", "mean exit", "kFLOP", "speed-up batch 1", "speed-up batch 32",
+    std::printf("\n%-60s %8s %9s %8s %18s %18s  %s\n", "exits", "PER %", "mean exit", "kFLOP", "speed-up batch 1", "speed-up batch 32",
                 "% of phones after each block");
   }
 
+  [[nodiscard]] const pronouncer& model() const { return p_; }
   void add(const std::string& name, const manner& how) {
     const spoken all = speak(p_, d_.test, 32, how, ctx_);
     const double exit = all.mean_exit();
     table_row r{name, 100 * all.error_rate(), exit, std::vector<double>(static_cast<std::size_t>(p_.decoder.exits())), 0, {}, {}};
     count(all, how, r);
+    const auto N = static_cast<double>(deepest_.decoder.exits());
     for (std::size_t i = 0; i < 2; ++i) {
-      r.speed_up[i] = full[i] / best_time(how, i);
-      r.bound[i] = full[i] / (exit * block_[i] + rest_[i]);
+      const auto [whole, block, asked] = times(how, i);
+      r.speed_up[i] = whole / asked;
+      r.bound[i] = whole / (whole - (N - exit) * block);
     }
-    std::printf("%-50s %8.2f %9.2f %8.0f %8.2f (of %.2f) %8.2f (of %.2f) ", name.c_str(), r.error_rate, r.mean_exit, r.kiloflops, r.speed_up[0],
+    std::printf("%-60s %8.2f %9.2f %8.0f %8.2f (of %.2f) %8.2f (of %.2f) ", name.c_str(), r.error_rate, r.mean_exit, r.kiloflops, r.speed_up[0],
                 r.bound[0], r.speed_up[1], r.bound[1]);
     for (const double x : r.share) std::printf(" %3.0f", x);
     std::printf("\n");
@@ -56,7 +51,6 @@ class table {
   }
 
   std::vector<table_row> rows;
-  std::array<double, 2> full;  ///< seconds
 
  private:
   /// Where phones left, and what that costs them; with drafts each step has an exit of its own and the formula does not apply.
@@ -78,17 +72,27 @@ class table {
     for (double& x : r.share) x *= 100 / phones;
     r.kiloflops = how.drafts > 0 ? 0 : flops / phones / 1000;
   }
-  [[nodiscard]] double best_time(const manner& how, std::size_t i) const {
+  /// Least seconds of all of the deepest blocks, of one block alone, and of what was asked for; in turn, so that a machine that changes its speed
+  /// changes all, and twice, because the first time fetches the weights into the caches.
+  [[nodiscard]] std::array<double, 3> times(const manner& how, std::size_t i) const {
     const auto words = std::span<const entry>(d_.test).first(i == 0 ? 100 : 320);
-    double best = 1e30;
-    for (int time = 0; time < 3; ++time) best = std::min(best, speak(p_, words, i == 0 ? 1 : 32, how, ctx_).seconds);
-    return best;
+    const index_t batch = i == 0 ? 1 : 32;
+    std::array<double, 3> least{1e30, 1e30, 1e30};
+    const auto time = [&](const pronouncer& p, const manner& m, double& seconds) {
+      for (int again = 0; again < 2; ++again) seconds = std::min(seconds, speak(p, words, batch, m, ctx_).seconds);
+    };
+    for (int round = 0; round < 3; ++round) {
+      time(deepest_, fixed(deepest_.decoder.exits()), least[0]);
+      least[1] = std::min(least[1], block_seconds(deepest_, words, batch, ctx_));
+      time(p_, how, least[2]);
+    }
+    return least;
   }
 
   const pronouncer& p_;
   const dictionary& d_;
   lithe::context ctx_;
-  std::array<double, 2> block_, rest_;
+  const pronouncer& deepest_;
 };
 
 /// The threshold of top-two difference that adds at most `delta` phone errors a phone, by Learn-then-Test on the tuning words.
@@ -120,7 +124,7 @@ inline std::vector<table_row> print_table(const pronouncer& p, const dictionary&
   using lithe::exit_confidence;
   const index_t N = p.decoder.exits();
   table::print_head();
-  table t(p, d, ctx);
+  table t(p, d, ctx, p);
   const auto add = [&](const std::string& name, exit_confidence kind, std::vector<double> thresholds) {
     t.add(name, {.rule = {.kind = kind, .thresholds = std::move(thresholds)}});
   };
@@ -173,6 +177,24 @@ inline void draw(const std::string& path, const std::vector<table_row>& rows, in
   svg << "</svg>\n";
 }
 
+/// The rows that a file of results has of a model and a seed, so that a long run goes on where it was stopped.
+inline std::vector<table_row> read_results(const std::string& path, const std::string& model, std::uint64_t seed) {
+  std::vector<table_row> rows;
+  std::ifstream in(path);
+  for (std::string line; std::getline(in, line);) {
+    const auto j = nlohmann::json::parse(line);
+    if (j.at("model") != model || j.at("seed") != seed) continue;
+    table_row r{.name = j.at("exits"),
+                .error_rate = j.at("phone_error_rate"),
+                .mean_exit = j.at("mean_exit"),
+                .share = j.at("share"),
+                .kiloflops = j.at("kiloflops")};
+    j.at("speed_up").get_to(r.speed_up);
+    j.at("bound").get_to(r.bound);
+    rows.push_back(std::move(r));
+  }
+  return rows;
+}
 inline void write_results(const std::string& path, const std::string& model, std::uint64_t seed, const std::vector<table_row>& rows) {
   std::ofstream out(path, std::ios::app);
   lithe::require<lithe::io_error>(out.good(), path, ": cannot be written");

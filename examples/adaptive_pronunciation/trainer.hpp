@@ -105,7 +105,7 @@ struct trainer {
 /// How a pronouncer is trained: the trunk first, then the choice of exits too.
 struct training_plan {
   std::string mode = "aligned", oracle = "correctness";
-  index_t epochs = 12, exit_epochs = 2, batch = 64, limit = 0;
+  index_t epochs = 16, exit_epochs = 2, batch = 64, limit = 0;
   double rate = 2e-3, penalty = 0.1, sigma = 0, alpha = 0.2;
   bool detach = false;
 };

@@ -36,7 +36,7 @@ batch draw(const std::vector<token_t>& text, const trainer<model_type>& t, index
 
 void train(trainer<model_type>& t, const std::vector<token_t>& text, const run_config& r, const lithe::context& ctx) {
   const lithe::learning_rate_schedule schedule{
-      .learning_rate = r.rate, .warmup_steps = std::min<index_t>(50, r.steps), .total_steps = r.steps, .final_ratio = 0.05};
+      .learning_rate = r.rate, .warmup_steps = std::min<index_t>(50, r.steps / 10), .total_steps = r.steps, .final_ratio = 0.05};
   const double begin = now();
   index_t bytes = 0;
   while (t.step < r.steps) {
@@ -80,6 +80,7 @@ int run(const run_config& r) {
   const lithe::parallel_executor exec(r.workers > 0 ? r.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
   lithe::workspace work(exec);
   const lithe::context ctx{.exec = &exec, .work = &work};
+  if (!r.save.empty()) lithe::require_writable(r.save);
   const model_config config = r.resume.empty() ? parse_config(read_file(r.config)) : read_saved_config(r.resume);
   const std::vector<token_t> text = to_tokens(read_file(r.text));
   lithe::require<lithe::io_error>(static_cast<index_t>(text.size()) >= 20 * (config.context + 1), r.text, ": expected at least ", 20 * (config.context + 1),
@@ -107,7 +108,7 @@ int main(int argc, char** argv) {
   app.add_option("--text", r.text, "any file")->check(CLI::ExistingFile)->capture_default_str();
   app.add_option("--steps", r.steps, "0 = only generate")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--sequences", r.sequences, "of one context, in a step")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rate", r.rate, "learning rate")->capture_default_str();
+  app.add_option("--rate", r.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--save", r.save, "file for the model and its training state");
   app.add_option("--resume", r.resume, "goes on from a saved file; the model is the file's");
   app.add_option("--prompt", r.prompt)->capture_default_str();

@@ -87,6 +87,7 @@ int run(const settings& s) {
   const parallel_executor exec(s.workers > 0 ? s.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
+  if (!s.save.empty()) require_writable(s.save);
   if (!s.import.empty()) return run_import(s, ctx);
 
   model_config c;
@@ -195,7 +196,7 @@ int main(int argc, char** argv) {
   app.add_option("--text", s.text, "text file")->capture_default_str();
   app.add_option("--train-steps", s.train_steps, "steps of the small model")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--fine-tune", s.fine_tune_steps, "steps after compression")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--rate", s.fine_tune_rate, "learning rate of those")->capture_default_str();
+  app.add_option("--rate", s.fine_tune_rate, "learning rate of those")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--pieces", s.pieces, "held-out contexts to evaluate on")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--plot", s.plot, "SVG of the captured variance; empty for none")->capture_default_str();
   app.add_option("--json", s.json, "the same as JSON");

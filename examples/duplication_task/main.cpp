@@ -166,7 +166,7 @@ int main(int argc, char** argv) {
   app.add_option("--attention", c.attention)->check(CLI::IsMember({"lsh", "bucket"}))->capture_default_str();
   app.add_option("--word", c.word, "symbols in w")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--vocabulary", c.vocabulary, "different symbols")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--train-rounds", c.train_rounds, "rounds of hashing to train with; 0 = exact attention")->delimiter(',')->capture_default_str();
+  app.add_option("--train-rounds", c.train_rounds, "rounds of hashing to train with; 0 = exact attention")->check(CLI::NonNegativeNumber)->delimiter(',')->capture_default_str();
   app.add_option("--evaluation-rounds", c.evaluation_rounds, "rounds of hashing to evaluate with")->delimiter(',')->capture_default_str();
   app.add_option("--features", c.features)->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--heads", c.heads)->check(CLI::PositiveNumber)->capture_default_str();
@@ -174,7 +174,7 @@ int main(int argc, char** argv) {
   app.add_option("--buckets", c.buckets, "of a round")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--steps", c.steps)->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--batch", c.batch, "sequences a step")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rate", c.rate, "learning rate")->capture_default_str();
+  app.add_option("--rate", c.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--evaluations", c.evaluations, "sequences to evaluate with")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--seed", c.seed)->capture_default_str();
   app.add_option("--workers", c.workers, "threads; 0 = all processors")->capture_default_str();

@@ -21,7 +21,7 @@ namespace {
 struct run_config {
   std::string text = DEFAULT_TEXT, save;
   std::vector<index_t> lengths{4096};
-  index_t steps = 20, warmup = 50;
+  index_t steps = 20;
   double rate = 1e-3, clip = 1;
   int workers = 0;
 };
@@ -59,7 +59,7 @@ result train(const long_config& c, const run_config& r) {
     const double loss =
         lithe::reversible_loss(model, std::span<const token_t>(bytes).first(T), std::span<const token_t>(bytes).subspan(1), {}, gradient, ctx).loss;
     lithe::clip_by_global_norm(model, gradient, r.clip, ctx);
-    const lithe::learning_rate_schedule schedule{.learning_rate = r.rate, .warmup_steps = std::min(r.warmup, r.steps), .total_steps = r.steps, .final_ratio = 0.1};
+    const lithe::learning_rate_schedule schedule{.learning_rate = r.rate, .warmup_steps = std::min<index_t>(50, r.steps / 10), .total_steps = r.steps, .final_ratio = 0.1};
     adam.step(model, gradient, schedule(step), ctx);
     out = {loss / std::numbers::ln2, static_cast<double>(c.length) / (now() - begin)};
     rusage use{};
@@ -145,7 +145,7 @@ int main(int argc, char** argv) {
   app.add_option("--dropout", c.dropout)->capture_default_str();
   app.add_option("--seed", c.seed)->capture_default_str();
   app.add_option("--steps", r.steps)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rate", r.rate, "learning rate")->capture_default_str();
+  app.add_option("--rate", r.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--workers", r.workers, "threads; 0 = all processors")->capture_default_str();
   app.add_option("--save", r.save, "file for the model of the last length");
   CLI11_PARSE(app, argc, argv);

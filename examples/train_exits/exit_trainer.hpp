@@ -28,7 +28,7 @@ struct stretches {
 template <class Tell>
 void train(exit_language_model& model, const model_config& c, const exit_run& r, std::span<const token_t> text, lithe::context ctx, Tell&& tell) {
   const lithe::learning_rate_schedule schedule{
-      .learning_rate = r.rate, .warmup_steps = std::min<index_t>(100, r.steps), .total_steps = r.steps, .final_ratio = 0.05};
+      .learning_rate = r.rate, .warmup_steps = std::min<index_t>(100, r.steps / 10), .total_steps = r.steps, .final_ratio = 0.05};
   lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
   auto gradient = lithe::make_gradient(model);
   exit_language_model::record record;

@@ -61,6 +61,7 @@ int run(const model_config& c, const run_config& r) {
   const lithe::parallel_executor exec(r.workers > 0 ? r.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
   lithe::workspace work(exec);
   const lithe::context ctx{.exec = &exec, .work = &work};
+  lithe::require_writable(r.save);
   const std::vector<token_t> text = read_text(r.text);
   const std::size_t split = text.size() * 95 / 100;
   lithe::require<lithe::io_error>(std::ssize(text) >= 20 * (c.context + 1), r.text, ": expected at least ", 20 * (c.context + 1),
@@ -94,7 +95,7 @@ int main(int argc, char** argv) {
   app.add_option("--seed", c.seed)->capture_default_str();
   app.add_option("--steps", r.steps)->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--batch", r.batch, "sequences a step")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rate", r.rate, "learning rate")->capture_default_str();
+  app.add_option("--rate", r.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--alpha", r.alpha, "weight of the loss of the choice, in the last quarter of the steps")->capture_default_str();
   app.add_option("--penalty", r.penalty, "of each block when the right exit is chosen")->capture_default_str();
   app.add_option("--save", r.save, "file for the model")->capture_default_str();

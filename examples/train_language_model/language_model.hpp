@@ -97,7 +97,11 @@ inline model_config read_config(const std::filesystem::path& path) {
   const auto metadata = lithe::safetensors_file(path).metadata();
   const auto found = metadata.find("config");
   lithe::require<lithe::io_error>(found != metadata.end(), path.string(), ": expected a model saved by train_language_model, found no configuration");
-  return nlohmann::json::parse(found->second).get<model_config>();
+  try {
+    return nlohmann::json::parse(found->second).get<model_config>();
+  } catch (const nlohmann::json::exception&) {
+    throw lithe::io_error(path.string() + ": expected a model saved by train_language_model, found another configuration: " + found->second);
+  }
 }
 
 inline std::vector<token_t> read_text(const std::filesystem::path& path) {

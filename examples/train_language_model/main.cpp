@@ -48,6 +48,7 @@ int run(const model_config& asked, const run_config& r) {
   const lithe::parallel_executor exec(r.workers > 0 ? r.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
   lithe::workspace work(exec);
   const lithe::context ctx{.exec = &exec, .work = &work};
+  if (!r.save.empty()) lithe::require_writable(r.save);
   const model_config config = r.resume.empty() ? asked : read_config(r.resume);
   const corpus data(r.text, config.context);
 
@@ -116,7 +117,7 @@ int main(int argc, char** argv) {
   app.add_option("--seed", model.seed)->capture_default_str();
   app.add_option("--steps", r.training.steps)->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--batch", r.training.batch, "sequences a step")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rate", r.training.rate, "learning rate")->capture_default_str();
+  app.add_option("--rate", r.training.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--value-rate", r.training.value_rate, "learning rate of the memory's values")->capture_default_str();
   app.add_option("--value-times", r.training.value_times, "what that is multiplied with at first, falling to 1; 0 = 4 for ultramem, else 1")
       ->check(CLI::NonNegativeNumber)

@@ -92,7 +92,7 @@ struct trainer {
     loss = lithe::cross_entropy<real>(logits, targets, {}, logits, ctx).loss;
     model.backward(inputs, record, logits, lithe::nothing{}, gradient, ctx);
     lithe::clip_by_global_norm(model, gradient, r.clip, ctx);
-    const lithe::learning_rate_schedule schedule{.learning_rate = r.rate, .warmup_steps = std::min(r.warmup, r.steps), .total_steps = r.steps, .final_ratio = 0.05};
+    const lithe::learning_rate_schedule schedule{.learning_rate = r.rate, .warmup_steps = std::min(r.warmup, r.steps / 10), .total_steps = r.steps, .final_ratio = 0.05};
     const double times = r.value_times > 0 ? r.value_times : config.feed_forward == "ultramem" ? 4 : 1;
     for (lithe::parameter_group& g : adam.config.groups)
       if (g.pattern == "*.values") g.rate = r.value_rate / r.rate * lithe::value_rate_schedule{.times = times, .total_steps = r.steps}(step);
