@@ -74,6 +74,19 @@ struct exit_rule {
   [[nodiscard]] bool planned() const { return kind == exit_confidence::fixed || kind == exit_confidence::multinomial; }
 };
 
+/// log Σ exp z - Σ p z of V logits z with probabilities p, in nats; not a number if a logit is none.
+template <class S>
+[[nodiscard]] double answer_entropy(const S* logits, index_t classes) {
+  const auto largest = static_cast<double>(*std::max_element(logits, logits + classes));
+  double sum = 0, weighted = 0;
+  for (index_t v = 0; v < classes; ++v) {
+    const double x = static_cast<double>(logits[v]) - largest, e = std::exp(x);
+    sum += e;
+    weighted += e == 0 ? 0 : e * x;
+  }
+  return std::log(sum) - weighted / sum;
+}
+
 /// The confidence that V logits have in their answer: max_prob, softmax_diff or entropy; not a number if a logit is none.
 template <class S>
 [[nodiscard]] double answer_confidence(exit_confidence kind, const S* logits, index_t classes) {
@@ -85,16 +98,11 @@ template <class S>
     largest = std::max(largest, logits[v]);
   }
   if (!valid) return std::numeric_limits<double>::quiet_NaN();
-  double sum = 0, weighted = 0;
-  for (index_t v = 0; v < classes; ++v) {
-    const auto x = static_cast<double>(logits[v] - largest);
-    const double e = std::exp(x);
-    sum += e;
-    weighted += e == 0 ? 0 : e * x;
-  }
-  if (kind == exit_confidence::max_prob) return 1 / sum;
-  if (kind == exit_confidence::softmax_diff) return classes < 2 ? 1 : (1 - std::exp(static_cast<double>(second - largest))) / sum;
-  return classes < 2 ? 1 : 1 - (std::log(sum) - weighted / sum) / std::log(static_cast<double>(classes));
+  if (classes < 2) return 1;
+  if (kind == exit_confidence::entropy) return 1 - answer_entropy(logits, classes) / std::log(static_cast<double>(classes));
+  double sum = 0;
+  for (index_t v = 0; v < classes; ++v) sum += std::exp(static_cast<double>(logits[v] - largest));
+  return (kind == exit_confidence::max_prob ? 1 : 1 - std::exp(static_cast<double>(second - largest))) / sum;
 }
 
 }  // namespace lithe::inline LITHE_ABI

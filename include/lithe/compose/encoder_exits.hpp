@@ -2,6 +2,7 @@
 
 #include <numeric>
 
+#include "lithe/compose/adaptive_depth_rules.hpp"
 #include "lithe/compose/adaptive_depth_stack.hpp"
 #include "lithe/layers/linear.hpp"
 
@@ -196,17 +197,6 @@ struct encoder_exits {
     const double threshold = rule.thresholds.size() == 1 ? rule.thresholds[0] : rule.thresholds[static_cast<std::size_t>(n - 1)];
     const double entropy = answer_entropy(now, V);
     return (rule.kind == encoder_confidence::entropy ? entropy : entropy / std::log(static_cast<double>(V))) < threshold;
-  }
-  /// log Σ exp z - Σ p z, in nats.
-  static double answer_entropy(const S* z, index_t V) {
-    const auto largest = static_cast<double>(*std::max_element(z, z + V));
-    double sum = 0, weighted = 0;
-    for (index_t v = 0; v < V; ++v) {
-      const double x = static_cast<double>(z[v]) - largest, e = std::exp(x);
-      sum += e;
-      weighted += e == 0 ? 0 : e * x;
-    }
-    return std::log(sum) - weighted / sum;
   }
 };
 
