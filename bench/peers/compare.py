@@ -165,6 +165,8 @@ def peak_mib(command, text="", env=None):
 
 def print_memory(bench, torch):
     """What a case adds to the memory of a process that has loaded its program and nothing else."""
+    if torch.missing is not None:
+        sys.exit(f"compare: no PyTorch to compare with: {torch.missing}")
     print("| case | Lithe MiB | PyTorch MiB | PyTorch / Lithe |\n|---|---|---|---|")
     for case in MEMORY_CASES:
         filtered = lambda name: [bench.program, f"--benchmark_filter=^{name}$", "--benchmark_min_time=0.01"]
@@ -254,7 +256,7 @@ def main():
     options.add_argument("--cases", default="", help="regular expression: only these")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=0.5, help="time for a case, side and round")
-    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--threads", type=int, default=2, choices=[1, 2], help="those that lithe_bench has cases for")
     options.add_argument("--cache", type=pathlib.Path, default=ROOT / "build/peers", help="where peers are installed")
     options = options.parse_args()
 

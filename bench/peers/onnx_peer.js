@@ -35,7 +35,7 @@ const repeat = (n, make) => Array.from({ length: n }, make);
 // family -> parameters -> [graph, feeds to take in turn, output shape, items]
 const families = {
   'product_key_memory/forward': ({ tokens }) => [`product_key_memory_${tokens}`,
-    repeat(tokens > 1 ? 8 : 64, () => ({ x: floats(tokens, FEATURES), values: values() })), [tokens, FEATURES], tokens],
+    repeat(tokens > 1 ? 8 : 256, () => ({ x: floats(tokens, FEATURES), values: values() })), [tokens, FEATURES], tokens],
   'feed_forward/forward': ({ tokens }) => [`feed_forward_${tokens}`, [{ x: floats(tokens, FEATURES) }], [tokens, FEATURES], tokens],
   'gather_sum': () => ['gather_sum', repeat(8, () => ({
     slots: new Tensor('int64', fill(new BigInt64Array(512 * PICKS), () => BigInt((bits() >>> 0) % SLOTS)), [512, PICKS]),

@@ -94,7 +94,7 @@ def no_grad(call):
 
 def product_key_memory_forward(tokens):
     layer = ProductKeyMemory().eval()
-    fresh = [torch.randn(tokens, FEATURES) for _ in range(8 if tokens > 1 else 64)]  # fresh tokens: the value rows are not in a cache
+    fresh = [torch.randn(tokens, FEATURES) for _ in range(8 if tokens > 1 else 256)]  # fresh tokens: the value rows are not in a cache
     turn = iter(range(1 << 60))
     return no_grad(lambda: layer(fresh[next(turn) % len(fresh)])), tokens
 

@@ -35,10 +35,7 @@ stack<block<A>> encoder(const Config& c, index_t layers) {
   return out;
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const index_t layers = o.pick<index_t>(1, 4, 12), rounds = o.pick<index_t>(1, 3, 7);
   tables::table t{
       .title = "Collaborative heads against plain, multi-query and grouped-query heads",
@@ -125,16 +122,17 @@ tables::table make(const tables::options& o) {
       if (row[0] == "decoding" && row[1] == tokens) row[3] = row[3].get<double>() / 10;  // ten tokens were timed
   }
   std::string losses;
-  bool lost = false, won = false;
+  bool as_counted = true;  // whether shared heads win where the formula says so: well below the break-even, and over long caches at r <= 256
   for (const auto& row : t.rows) {
     if (row[2].get<std::string>().starts_with("collaborative")) {
       const bool here = row[4].get<double>() > 1;
-      lost = lost || here;
-      won = won || !here;
+      const bool expected = row[0] == "encoder" ? !row[5].is_null() && 2 * row[1].get<double>() < row[5].get<double>()
+                                                : row[1] == 8192 && row[2] != "collaborative, r = 384";
+      as_counted = as_counted && !(expected && here);
       if (here) losses += concat(losses.empty() ? "" : "; ", row[0].get<std::string>(), " ", row[1].get<index_t>(), " ", row[2].get<std::string>());
     }
   }
-  t.shown = won && lost;
+  t.shown = as_counted;
   t.finding = "Collaborative heads lose to plain ones at: " + (losses.empty() ? "nowhere" : losses) + ".";
   return t;
 }

@@ -53,10 +53,7 @@ spread spread_of(const std::vector<double>& x) {
   return s;
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const corpus data = shuffled_dictionary();
   const index_t steps = o.pick<index_t>(3, 4000, 8000), seeds = o.pick<index_t>(2, 2, 5), pieces = o.pick<index_t>(4, 500, 500);
   tables::table t{.title = "Key width, shared or divided among the heads",

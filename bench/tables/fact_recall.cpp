@@ -53,8 +53,11 @@ void measure(std::vector<learnt>& all, int rounds, const context& ctx) {
   for (int round = 0; round < rounds; ++round)
     for (learnt& l : all) {
       const rng_key key = rng_key{l.seed}.child(static_cast<std::uint64_t>(round));
-      known.read([&](index_t i) { return static_cast<index_t>(uniform(key, static_cast<std::uint64_t>(i)) * static_cast<double>(known.count)); }, x,
-                 target);
+      const auto ask = [&](rng_key k) {
+        known.read([&](index_t i) { return static_cast<index_t>(uniform(k, static_cast<std::uint64_t>(i)) * static_cast<double>(known.count)); }, x,
+                   target);
+      };
+      ask(key);
       const auto h = tables::facts::middle_input(l.model, x, ctx);
       const auto least = [&](double& seconds, auto&& run) {
         const double begin = tables::now();
@@ -62,14 +65,12 @@ void measure(std::vector<learnt>& all, int rounds, const context& ctx) {
         seconds = std::min(seconds, (tables::now() - begin) / batch * 1e6);
       };
       least(l.layer, [&] { std::get<1>(l.model.layers).blocks[1].forward(h, y, ctx); });
+      ask(key.child(1));  // or the rows would still be in the cache
       least(l.microseconds, [&] { l.model.forward(x, logits, ctx); });
     }
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const index_t subjects = o.pick<index_t>(400, 4000, 4000);
   const tables::facts::training how{.steps = o.pick<index_t>(60, 2200, 2200)};
   const std::uint64_t seeds = o.pick<std::uint64_t>(1, 1, 3);
@@ -118,7 +119,7 @@ tables::table make(const tables::options& o) {
   }
   t.figures = {{.title = "Facts recalled against time", .x = "us a query", .y = "share", .by = "layer"},
                {.title = "Facts recalled against rows of the table", .x = "table rows", .y = "share", .by = "layer", .log_x = true}};
-  t.shown = std::min(least["product keys"], least["UltraMem"]) >= 3;
+  t.shown = std::min(least["product keys"], least["UltraMem"]) >= 3 && slowest / fastest < 1.15;
   t.finding = concat("At equal time (slowest over fastest query ", slowest / fastest, ") product keys recall at least ", least["product keys"],
                      " times what the dense layer does, UltraMem ", least["UltraMem"], " times, experts ", least["experts"], " times.");
   return t;

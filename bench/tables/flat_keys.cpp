@@ -3,7 +3,7 @@
 
 namespace {
 
-tables::table make(const tables::options& o) {
+tables::table make(const tables::options& o, const lithe::context& ctx) {
   const auto sides = o.pick<std::vector<index_t>>({16, 32}, {32, 64, 128}, {32, 64, 128, 256});
   std::vector<tables::contender> all;
   for (const index_t side : sides)
@@ -26,7 +26,7 @@ tables::table make(const tables::options& o) {
   struct pair {
     double quality = 0, speed = 0;
   } flat, product;  // of the largest memory
-  tables::compare(all, r, o, [&](const tables::contender& c, const tables::outcome& x) {
+  tables::compare(all, r, o, ctx, [&](const tables::contender& c, const tables::outcome& x) {
     const bool is_flat = c.config.feed_forward == "flat";
     t.row({c.name, is_flat ? "flat" : "product", slots_of(c.config), x.parameters, x.bits_per_byte, x.usage.counted.used, x.training_rate,
            x.inference_rate});

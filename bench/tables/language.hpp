@@ -50,11 +50,8 @@ struct contender {
 };
 
 /// row(contender, outcome) for each of them in turn, with a progress line.
-inline void compare(const std::vector<contender>& all, const training_config& r, const options& o,
+inline void compare(const std::vector<contender>& all, const training_config& r, const options& o, const lithe::context& ctx,
                     const std::function<void(const contender&, const outcome&)>& row) {
-  const lithe::parallel_executor exec(o.workers);
-  lithe::workspace work(exec);
-  const lithe::context ctx{.exec = &exec, .work = &work};
   for (std::size_t i = 0; i < all.size(); ++i) {
     contender c = all[i];
     c.config.seed = o.seed;

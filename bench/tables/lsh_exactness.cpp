@@ -77,14 +77,13 @@ struct score {
 
 template <class L>
 double seconds(const L& layer, const probe& p, matrix<real>& y, const context& ctx) {
-  std::array<double, 5> all;
+  std::vector<double> all(5);
   for (double& s : all) {
     const double begin = tables::now();
     layer.forward(p.input, y, ctx);
     s = tables::now() - begin;
   }
-  std::ranges::nth_element(all, all.begin() + 2);
-  return all[2];
+  return tables::median_of(all);
 }
 
 /// Adds a layer's output error, and what of the exact attention of some queries it meets: met(head, i, j) says whether i sees j.
@@ -119,15 +118,14 @@ void judge(score& s, const probe& p, const matrix<real>& y, const std::function<
   }
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const auto text = read_text(LITHE_DATA "/kjv_new_testament.txt");
   const std::size_t held_out = text.size() * 95 / 100;
   const index_t steps = o.pick<index_t>(3, 500, 2000);
   long_config c{.layers = 2, .features = 128, .heads = 2, .seed = o.seed};
-  long_model model = o.model.empty() ? trained(c, std::span(text).first(held_out), steps, ctx) : make_model(read_config(o.model));
+  if (!o.model.empty()) c = read_config(o.model);
+  require<io_error>(c.attention == "lsh", o.model, ": expected a model with LSH attention, got ", c.attention);
+  long_model model = o.model.empty() ? trained(c, std::span(text).first(held_out), steps, ctx) : make_model(c);
   if (!o.model.empty()) load_model(o.model, model);
   auto all = probes(model, std::span(text).subspan(held_out, length_of_text), ctx);
 
@@ -200,8 +198,10 @@ tables::table make(const tables::options& o) {
         const double error = std::sqrt(s.error / s.squares);
         t.row({concat(family == hash_family::rotation ? "rotation, " : "sign, ", buckets ? "bucket" : "chunks"), rounds, error, s.met / s.keys,
                s.mass / s.rows, s.seconds * us, s.largest_bucket});
-        if (family == hash_family::rotation && !buckets && rounds == 8) at_8 = error;
-        falling = falling && error < before;
+        if (family == hash_family::rotation && !buckets) {
+          if (rounds == 8) at_8 = error;
+          falling = falling && error < before;
+        }
         before = error;
       }
     }
@@ -214,4 +214,4 @@ tables::table make(const tables::options& o) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return tables::main_of(argc, argv, make); }
+int main(int argc, char** argv) { return tables::main_of(argc, argv, make, true); }

@@ -3,7 +3,7 @@
 
 namespace {
 
-tables::table make(const tables::options& o) {
+tables::table make(const tables::options& o, const lithe::context& ctx) {
   const auto model = [](index_t layers, std::vector<index_t> memory_at) {
     model_config c;
     c.layers = layers;
@@ -26,7 +26,7 @@ tables::table make(const tables::options& o) {
                   .figures = {{.title = "Held-out bits per byte", .x = "model", .y = "bits per byte"},
                               {.title = "Quality against speed", .x = "inference tokens/s", .y = "bits per byte", .by = "model"}}};
   double shallow = 0, deep = 0, deep_rate = 0, best = 1e9, best_rate = 0;
-  tables::compare(all, r, o, [&](const tables::contender& c, const tables::outcome& x) {
+  tables::compare(all, r, o, ctx, [&](const tables::contender& c, const tables::outcome& x) {
     t.row({c.name, x.parameters, x.bits_per_byte, x.training_rate, x.inference_rate});
     const bool dense = c.config.feed_forward == "dense";
     if (dense && c.config.layers == 3) shallow = x.bits_per_byte;

@@ -3,7 +3,7 @@
 
 namespace {
 
-tables::table make(const tables::options& o) {
+tables::table make(const tables::options& o, const lithe::context& ctx) {
   const auto model = [](index_t sub_keys, index_t heads, index_t top_k, bool batch_norm) {
     model_config c;
     c.sub_keys = sub_keys;
@@ -24,7 +24,7 @@ tables::table make(const tables::options& o) {
       .columns = {"memory", "slots", "heads", "k", "batch norm", "bits per byte", "used %", "KL to uniform", "training tokens/s"},
       .figures = {{.title = "Held-out bits per byte", .x = "memory", .y = "bits per byte"}, {.title = "Slots in use", .x = "memory", .y = "used %"}}};
   double with = 0, without = 0;
-  tables::compare(all, r, o, [&](const tables::contender& c, const tables::outcome& x) {
+  tables::compare(all, r, o, ctx, [&](const tables::contender& c, const tables::outcome& x) {
     const model_config& m = c.config;
     t.row({c.name, m.sub_keys * m.sub_keys, m.memory_heads, m.top_k, m.batch_norm ? "yes" : "no", x.bits_per_byte, x.usage.counted.used,
            x.usage.weighted.kl_to_uniform, x.training_rate});

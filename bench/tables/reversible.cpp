@@ -63,10 +63,7 @@ outcome train(Model& model, const corpus& data, index_t steps, std::uint64_t see
           static_cast<double>(batch) * static_cast<double>(bytes(record)) / (1 << 20)};
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const corpus data(LITHE_DATA "/kjv_new_testament.txt", T);
   const index_t steps = o.pick<index_t>(3, 300, 1600);
   const std::vector<index_t> depths{3, 6, 12};

@@ -18,6 +18,15 @@ import subprocess
 import sys
 import time
 
+try:
+    import matplotlib
+except ImportError:
+    sys.exit(f"run.py: {sys.executable} has no matplotlib (Debian: apt-get install python3-matplotlib, and /usr/bin/python3)")
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
+                            "svg.hashsalt": "lithe"})
+import matplotlib.pyplot as plt
+
 HERE = pathlib.Path(__file__).resolve().parent
 COLOURS = ["#1b6ca8", "#d1495b", "#3c8d53", "#8d5a97", "#e08e1b", "#5c6b73"]
 STYLE = """
@@ -54,20 +63,20 @@ def make(program, arguments, output):
 
 
 def draw(result, figure, path):
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-                                "svg.hashsalt": "lithe"})
-    import matplotlib.pyplot as plt
-
+    """One figure as SVG. Rows without an x, and those at 0 of a logarithmic axis, are levels: dashed lines across."""
     columns = {name: i for i, name in enumerate(result["columns"])}
-    lines = {}
+    lines, levels = {}, {}
     for row in result["rows"]:
         x, y = row[columns[figure["x"]]], row[columns[figure["y"]]]
-        if y is not None:
+        if y is None or (figure.get("only") and row[0] != figure["only"]):
+            continue
+        if x is None or (x == 0 and figure["log_x"]):
+            levels[row[0]] = y
+        else:
             lines.setdefault(row[columns[figure["by"]]] if figure["by"] else "", []).append((x, y))
     fig, axes = plt.subplots(figsize=(6, 3.8))
+    for (name, y), colour in zip(levels.items(), COLOURS[::-1] * 4):
+        axes.axhline(y, linestyle="--", color=colour, label=str(name))
     names = all(isinstance(x, str) for points in lines.values() for x, _ in points)
     for (name, points), colour in zip(lines.items(), COLOURS * 4):
         if names:
@@ -86,7 +95,7 @@ def draw(result, figure, path):
         if figure["log_y"]:
             axes.set_yscale("log")
         axes.grid(alpha=0.25)
-    if figure["by"]:
+    if figure["by"] or levels:
         axes.legend(title=figure["by"], frameon=False)
     axes.set_title(figure["title"], fontsize=11)
     fig.tight_layout()
@@ -146,6 +155,8 @@ def main():
     output = asked.output or asked.build / "tables"
     output.mkdir(parents=True, exist_ok=True)
     if asked.render:
+        if not any(asked.render.glob("*.json")):
+            sys.exit(f"run.py: no results (*.json) in {asked.render}")
         return render(asked.render, output)
     programs = sorted(p for p in (asked.build.resolve() / "bench" / "tables").glob("table_*") if p.is_file())
     if asked.only:

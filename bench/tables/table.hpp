@@ -5,12 +5,16 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <fstream>
 #include <functional>
+#include <lithe/core/context.hpp>
+#include <lithe/core/parallel_executor.hpp>
+#include <lithe/io/file.hpp>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -36,6 +40,13 @@ struct options {
   }
 };
 
+/// The middle one; puts them in another order.
+inline double median_of(std::vector<double>& x) {
+  const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
+  std::nth_element(x.begin(), middle, x.end());
+  return *middle;
+}
+
 inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// A line that says how far a table is; on a terminal it overwrites itself.
@@ -49,10 +60,10 @@ inline void progress(const std::string& what, double share) {
   std::fprintf(stderr, "%s%5.1f %%  %4.0f s  %-70s%s", terminal ? "\r" : "", 100 * share, t - begin, what.c_str(), terminal && share < 1 ? "" : "\n");
 }
 
-/// A curve or points over two columns of the table; one line for each value of `by`, if that names a column.
+/// A curve or points over two columns of the table; one line for each value of `by`, if that names a column. `only`: the rows that begin with this.
 struct figure {
   std::string title, x, y;
-  std::string by{};
+  std::string by{}, only{};
   bool log_x = false, log_y = false;
 };
 
@@ -91,7 +102,7 @@ struct table {
     nlohmann::json j{{"title", title}, {"source", source},   {"question", question}, {"columns", columns},
                      {"rows", rows},   {"finding", finding}, {"shown", shown}};
     for (const figure& f : figures)
-      j["figures"].push_back({{"title", f.title}, {"x", f.x}, {"y", f.y}, {"by", f.by}, {"log_x", f.log_x}, {"log_y", f.log_y}});
+      j["figures"].push_back({{"title", f.title}, {"x", f.x}, {"y", f.y}, {"by", f.by}, {"only", f.only}, {"log_x", f.log_x}, {"log_y", f.log_y}});
     return j;
   }
 
@@ -106,8 +117,8 @@ struct table {
   }
 };
 
-/// The main function of a table program: reads the options, makes the table, prints and writes it.
-inline int main_of(int argc, char** argv, const std::function<table(const options&)>& make) {
+/// The main function of a table program: reads the options, makes the table, prints and writes it. `of_a_model`: a table about a trained model.
+inline int main_of(int argc, char** argv, const std::function<table(const options&, const lithe::context&)>& make, bool of_a_model = false) {
   options o;
   bool quick = false, full = false;
   CLI::App app{"Makes one of the tables of bench/tables."};
@@ -116,16 +127,20 @@ inline int main_of(int argc, char** argv, const std::function<table(const option
   app.add_option("--workers", o.workers, "threads; 0 = all processors")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--seed", o.seed)->capture_default_str();
   app.add_option("--json", o.json, "file for the results");
-  app.add_option("--model", o.model, "a saved model to look at, for tables about a trained model")->check(CLI::ExistingFile);
+  if (of_a_model) app.add_option("--model", o.model, "a saved model to look at instead of training one")->check(CLI::ExistingFile);
   CLI11_PARSE(app, argc, argv);
   o.run = quick ? length::quick : full ? length::full : length::usual;
   if (o.workers == 0) o.workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   try {
     const double begin = now();
-    const table t = make(o);
+    std::optional<lithe::atomic_file> file;  // opened first: a run of an hour is not to end at a folder that is not there
+    if (!o.json.empty()) file.emplace(o.json);
+    const lithe::parallel_executor exec(o.workers);
+    lithe::workspace work(exec);
+    const table t = make(o, {.exec = &exec, .work = &work});
     progress("done", 1);
     t.print();
-    if (o.json.empty()) return 0;
+    if (!file) return 0;
     nlohmann::json j = t.json();
     j["seconds"] = now() - begin;
     j["machine"] = machine::cpu_field("model name");
@@ -133,7 +148,9 @@ inline int main_of(int argc, char** argv, const std::function<table(const option
     j["seed"] = o.seed;
     j["flags"] = LITHE_BENCH_FLAGS;
     j["length"] = o.pick("quick", "usual", "full");
-    std::ofstream(o.json) << j.dump(1) << "\n";
+    const std::string text = j.dump(1) + "\n";
+    file->write(text.data(), text.size());
+    file->commit();
     return 0;
   } catch (const std::exception& e) {
     std::fprintf(stderr, "\n%s: %s\n", argv[0], e.what());

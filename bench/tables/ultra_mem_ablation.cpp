@@ -147,8 +147,7 @@ outcome on_text(const variant& v, const model_config& c, const corpus& data, con
                                          }),
                    layer_norm<real>(c.features), linear<real>({c.features, byte_values}, key.child(2)));
   const training_config r{.steps = o.pick<index_t>(3, 120, 400)};
-  const learning_rate_schedule rate{
-      .learning_rate = r.rate, .warmup_steps = std::min(r.warmup, r.steps), .total_steps = r.steps, .final_ratio = 0.05};
+  const learning_rate_schedule rate{.learning_rate = r.rate, .warmup_steps = r.steps / 10, .total_steps = r.steps, .final_ratio = 0.05};
   const value_rate_schedule times{.times = v.value_times, .total_steps = r.steps};
   optimiser<real> adam({.weight_decay = r.weight_decay, .groups = {{.pattern = "*.values"}, {.pattern = "*bias", .weight_decay = 0}}});
   const double begin = tables::now();
@@ -164,10 +163,7 @@ outcome on_text(const variant& v, const model_config& c, const corpus& data, con
           count_parameters(model)};
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const model_config c;
   const corpus data(LITHE_DATA "/kjv_new_testament.txt", c.context);
   const bool single = o.run != tables::length::usual;
@@ -201,9 +197,10 @@ tables::table make(const tables::options& o) {
            static_cast<double>(text.parameters) * 1e-6, text.training_rate});
     if (v.value_times > 1 && whole == 0) whole = i;
     if (i == 0 || v.base + 1 != i || v.looks_back) continue;
-    const bool facts_better = more > 0, text_better = bits_more < 0;
-    std::string& list = facts_better ? better : worse;
-    if (facts_better == text_better) list += concat(list.empty() ? "" : "; ", v.name);
+    constexpr double seen = 0.005;  // of one seed: less is not worth a word
+    if (std::min(std::abs(more), std::abs(bits_more)) < seen) continue;
+    std::string& list = more > 0 ? better : worse;
+    if ((more > 0) == (bits_more < 0)) list += concat(list.empty() ? "" : "; ", v.name);
   }
   t.shown = shares[whole] > shares[0] && bits[whole] < bits[0];
   t.finding = concat("From product keys to UltraMem the share of facts goes from ", shares[0], " to ", shares[whole], ", the loss from ", bits[0],

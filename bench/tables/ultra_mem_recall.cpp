@@ -142,10 +142,7 @@ void with_trained(Layer start, const tables::options& o, const context& ctx, F&&
   look(trained, r);
 }
 
-tables::table make(const tables::options& o) {
-  const parallel_executor exec(o.workers);
-  workspace work(exec);
-  const context ctx{.exec = &exec, .work = &work};
+tables::table make(const tables::options& o, const context& ctx) {
   const index_t n = o.pick<index_t>(32, 128, 256);
   const rng_key key{o.seed};
   tables::table t{
@@ -156,9 +153,11 @@ tables::table make(const tables::options& o) {
                  "the rank-1 filter lets through, of all pairs and of those whose filter scores are not both negative (two negative factors make a "
                  "large score, too, which the filter never sees), and the share of picks in the best pick's row or column."),
       .columns = {"keys", "rank", "second / first singular value", "m", "recall", "recall, not both negative", "beside the best"},
-      .figures = {
-          {.title = "Recall by ratio of singular values", .x = "second / first singular value", .y = "recall, not both negative", .by = "keys"},
-          {.title = "Recall by rank", .x = "rank", .y = "recall, not both negative", .by = "m"}}};
+      .figures = {{.title = "Recall by ratio of singular values",
+                   .x = "second / first singular value",
+                   .y = "recall, not both negative",
+                   .only = "TDQKR, cores of a ratio"},
+                  {.title = "Recall by rank", .x = "rank", .y = "recall, not both negative", .by = "m", .only = "TDQKR at its start"}}};
   const auto row = [&](const std::string& what, const search_layer& k, const matrix<real>& q) {
     const found f = compare_searches(k, q, ctx);
     t.row({what, k.config.rank, f.ratio, k.config.final_k, f.recall, f.positive, f.beside});
