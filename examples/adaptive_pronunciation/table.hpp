@@ -156,7 +156,8 @@ inline std::vector<table_row> print_table(const pronouncer& p, const dictionary&
   return t.rows;
 }
 
-/// Quality against depth, as the paper draws it: one point a row, those of fixed depth in grey.
+/// Quality against depth, as the paper draws it: a point a row, a colour for what its name begins with; hollow where all phones leave after one
+/// block.
 inline void draw(const std::string& path, const std::vector<table_row>& rows, index_t exits) {
   std::ofstream svg(path);
   lithe::require<lithe::io_error>(svg.good(), path, ": cannot be written");
@@ -165,14 +166,26 @@ inline void draw(const std::string& path, const std::vector<table_row>& rows, in
   const auto x = [&](double exit) { return 70 + (exit - 1) / static_cast<double>(std::max<index_t>(1, exits - 1)) * 480; };
   const auto y = [&](double rate) { return 320 - (rate - least) / std::max(0.1, most - least) * 270; };
   svg << "<svg xmlns='http://www.w3.org/2000/svg' width='640' height='380' font-family='sans-serif' font-size='11'>\n"
-      << "<text x='250' y='370'>mean exit (blocks)</text><text x='12' y='200' transform='rotate(-90 12 200)'>phone error rate, %</text>\n";
-  for (index_t n = 1; n <= exits; ++n) svg << "<text x='" << x(static_cast<double>(n)) - 3 << "' y='345'>" << n << "</text>\n";
+      << "<rect width='640' height='380' fill='white'/>\n"
+      << "<text x='250' y='370'>mean exit (blocks)</text><text x='16' y='240' transform='rotate(-90 16 240)'>phone error rate, %</text>\n";
+  for (index_t n = 1; n <= exits; ++n)
+    svg << "<text x='" << x(static_cast<double>(n)) - 3 << "' y='345'>" << n << "</text><path d='M" << x(static_cast<double>(n))
+        << " 50V330' stroke='#eee'/>\n";
   for (int i = 0; i <= 4; ++i)
     svg << "<text x='30' y='" << y(least + (most - least) * i / 4) + 4 << "'>" << std::round((least + (most - least) * i / 4) * 10) / 10
         << "</text>\n";
+  constexpr std::array colours{"#777", "#1b6ca8", "#d1495b", "#3c8d53", "#8d5a97", "#e08e1b", "#5c6b73", "#111"};
+  std::vector<std::string> kinds;
   for (const auto& r : rows) {
-    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' fill='" << (fixed_depth(r) ? "#888" : "#06c") << "'><title>"
-        << r.name << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
+    const std::string kind = r.name.substr(0, r.name.find_first_of(" ,"));
+    const auto at = std::find(kinds.begin(), kinds.end(), kind);
+    const char* colour = colours[static_cast<std::size_t>(at - kinds.begin()) % colours.size()];
+    if (at == kinds.end()) {
+      kinds.push_back(kind);
+      svg << "<text x='490' y='" << 40 + 14 * std::ssize(kinds) << "' fill='" << colour << "'>" << kind << "</text>\n";
+    }
+    svg << "<circle cx='" << x(r.mean_exit) << "' cy='" << y(r.error_rate) << "' r='4' stroke='" << colour << "' fill='"
+        << (fixed_depth(r) ? "white" : colour) << "'><title>" << r.name << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
   }
   svg << "</svg>\n";
 }
