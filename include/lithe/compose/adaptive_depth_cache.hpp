@@ -87,14 +87,21 @@ void start_memory(const adaptive_depth<Block, Norm>& model, const detail::memory
     for (index_t n = 1; n <= model.exits(); ++n) model.stack.block(n).start(m, source, c.blocks[static_cast<std::size_t>(n - 1)]);
 }
 
+namespace detail {
+
+/// Block n keeps the first `count` positions of a slot alone; one that threw may hold more than were counted.
+template <class Block, class Norm>
+void keep_filled(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t n, index_t slot, index_t count) {
+  truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slot, count);
+  c.filled_to(n, slot) = count;
+}
+
+}  // namespace detail
+
 /// Forgets all but the first `length` positions of a slot.
 template <class Block, class Norm>
 void truncate(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t slot, index_t length) {
-  for (index_t n = 1; n <= model.exits(); ++n) {
-    index_t& filled = c.filled_to(n, slot);
-    filled = std::min(filled, length);
-    detail::truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slot, filled);  // a block that threw may hold more than that
-  }
+  for (index_t n = 1; n <= model.exits(); ++n) detail::keep_filled(model, c, n, slot, std::min(c.filled_to(n, slot), length));
   auto &now = c.length[static_cast<std::size_t>(slot)], &start = c.start[static_cast<std::size_t>(slot)];
   now = std::min(now, length);
   start = std::min(start, now);
@@ -202,10 +209,7 @@ void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, inde
     }
   } catch (...) {
     for (index_t n = first; n <= last; ++n)
-      for (index_t i = 0; i < B; ++i) {
-        index_t& filled = c.filled_to(n, slots[i]) = before[(n - first) * B + i];
-        detail::truncate_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slots[i], filled);
-      }
+      for (index_t i = 0; i < B; ++i) detail::keep_filled(model, c, n, slots[i], before[(n - first) * B + i]);
     throw;
   }
 }

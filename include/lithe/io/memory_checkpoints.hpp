@@ -137,12 +137,7 @@ void import_memory(memory_code code, const safetensors_file& file, std::string p
         if (t.rows() * t.cols() == 0) return;
         known[prefix + p.name] = true;
         if (is_table(t) && !values) return;
-        require<io_error>(file.contains(prefix + p.name), file.path().string(), ": tensor ", detail::quoted(prefix + p.name), ": expected shape ",
-                          to_text(p.shape), ", found no tensor of that name");
-        const tensor_info& found = file.info(prefix + p.name);
-        require<io_error>(found.shape == p.shape, file.path().string(), ": tensor ", detail::quoted(prefix + p.name), ": expected shape ", to_text(p.shape),
-                          ", found ", to_text(found.shape));
-        file.template check_kind<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(prefix + p.name);
+        file.template expect<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(prefix + p.name, p.shape);
       },
       layer);
   for (const auto& name : names)

@@ -175,11 +175,7 @@ void import_reformer(const safetensors_file& file, reformer<S>& model) {
         if (!whole && name.starts_with("lm_head.")) return;
         const std::string found = name == "lm_head.bias" && !file.contains(name) && file.contains(alias) ? alias : name;
         known.insert(found);
-        require<io_error>(file.contains(found), path, ": tensor ", detail::quoted(name), ": expected shape ", to_text(shape),
-                          ", found no tensor of that name");
-        const tensor_info& info = file.info(found);
-        require<io_error>(info.shape == shape, path, ": tensor ", detail::quoted(name), ": expected shape ", to_text(shape), ", found ", to_text(info.shape));
-        file.template check_kind<S>(found);
+        file.template expect<S>(found, shape);
         reads.emplace_back([&file, &t, found] {
           const auto numbers = file.template read<S>(found);
           std::copy(numbers.begin(), numbers.end(), t.data());

@@ -48,9 +48,12 @@ class safetensors_file {
     read_rows<T>(name, 0, out);
     return out;
   }
-  /// Throws io_error unless the tensor's numbers are of T's kind: floating-point or whole.
+  /// Throws io_error unless there is a tensor of this name and shape whose numbers are of T's kind: floating-point or whole. `hint` goes behind the
+  /// sentence that it is missing.
   template <tensor_number T>
-  void check_kind(const std::string& name) const {
+  void expect(const std::string& name, const std::vector<index_t>& shape, const char* hint = "") const {
+    require<io_error>(contains(name), who(name), ": expected shape ", to_text(shape), ", found no tensor of that name", hint);
+    require<io_error>(info(name).shape == shape, who(name), ": expected shape ", to_text(shape), ", found ", to_text(info(name).shape));
     const tensor_info& i = readable<T>(name);
     require<io_error>(!std::floating_point<T> || is_floating(i.type), who(name), ": expected floating-point numbers, found ", i.type_name);
   }

@@ -68,13 +68,8 @@ void import_ultra_mem(const safetensors_file& file, ultra_mem<S, Table>& layer, 
         known.insert(full(p));
         if (p.table && !options.values) return;
         const bool vectors = p.name == "tucker_core_u" || p.name == "tucker_core_v";
-        require<io_error>(file.contains(full(p)), where, ": tensor ", detail::quoted(full(p)), ": expected shape ", to_text(p.shape),
-                          ", found no tensor of that name",
-                          vectors ? " (the leading singular vectors are state: their sign cannot be had from the cores)" : "");
-        const tensor_info& found = file.info(full(p));
-        require<io_error>(found.shape == p.shape, where, ": tensor ", detail::quoted(full(p)), ": expected shape ", to_text(p.shape), ", found ",
-                          to_text(found.shape));
-        file.template check_kind<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(full(p));
+        file.template expect<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(
+            full(p), p.shape, vectors ? " (the leading singular vectors are state: their sign cannot be had from the cores)" : "");
       },
       std::as_const(layer));
   for (const auto& name : file.names())
