@@ -161,6 +161,8 @@ inline void compare(const dictionary& d, model_config base, const training_plan&
       all.back() = compare_seed(d, base, plan, ctx);
       if (!results.empty()) write_results(results, "compare", base.seed, all.back());
     }
+    lithe::require<lithe::io_error>(std::ranges::equal(all[0], all.back(), {}, &table_row::name, &table_row::name), results,
+                                    ": expected the same rows of every seed, found others of seed ", base.seed);
     const auto rows = summarise(all);
     std::printf("\n%td seeds%53s %8s %8s %9s %9s %9s\n", s + 1, "", "PER %", "spread", "mean exit", "batch 1 x", "batch 32 x");
     for (const auto& r : rows)

@@ -195,7 +195,8 @@ inline std::vector<table_row> read_results(const std::string& path, const std::s
   std::vector<table_row> rows;
   std::ifstream in(path);
   for (std::string line; std::getline(in, line);) {
-    const auto j = nlohmann::json::parse(line);
+    const auto j = nlohmann::json::parse(line, nullptr, false);
+    lithe::require<lithe::io_error>(j.is_object(), path, ": expected lines of JSON as --results writes them, found '", line, "'");
     if (j.at("model") != model || j.at("seed") != seed) continue;
     table_row r{.name = j.at("exits"),
                 .error_rate = j.at("phone_error_rate"),
