@@ -106,6 +106,84 @@ def attention(path, length, causal):
     g.save(path, y, [1, length, 256])
 
 
+def local_attention(path, length, chunk=64):
+    """Causal, each chunk of 64 sees itself and the chunk before; 4 heads of 64."""
+    g, n = Graph(), length // chunk
+    q, k, v = (g.op("Reshape", g.input(name, [4, length, 64]), g.ints(4, n, chunk, 64)) for name in "qkv")
+
+    def both(t):
+        earlier = g.op("Slice", g.op("Pad", t, g.ints(0, 1, 0, 0, 0, 0, 0, 0)), g.ints(0), g.ints(n), g.ints(1))
+        return g.op("Concat", earlier, t, axis=2)
+    row, column = np.arange(chunk)[:, None], np.arange(2 * chunk)[None, :]
+    hidden = np.broadcast_to(column > chunk + row, (n, chunk, 2 * chunk)).copy()
+    hidden[0, :, :chunk] = True
+    mask = g.constant(np.where(hidden, np.float32(-1e30), np.float32(0))[None])
+    scores = g.op("MatMul", g.op("Mul", q, g.constant(np.float32(0.125).reshape(1))), g.op("Transpose", both(k), perm=[0, 1, 3, 2]))
+    y = g.op("MatMul", g.op("Softmax", g.op("Add", scores, mask), axis=-1), both(v))
+    g.save(path, g.op("Reshape", y, g.ints(4, length, 64)), [4, length, 64])
+
+
+def heads_attention(path, length, shared, features=768, heads=12):
+    """Causal, with projections: separate heads by the fused operator, or keys and queries of a shared width and a mixing matrix."""
+    g, width = Graph(), features // heads
+    x = g.input("x", [length, features])
+    project = lambda t, outputs: g.op("Add", g.op("MatMul", t, g.weight(features, outputs)), g.weight(outputs))
+    if not shared:
+        q, k, v = (g.op("Reshape", project(x, features), g.ints(1, length, features)) for _ in "qkv")
+        y = g.op("Reshape", g.op("MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=heads, unidirectional=1), g.ints(length, features))
+    else:
+        q = g.op("Mul", g.op("Reshape", project(x, shared), g.ints(1, length, shared)), g.weight(heads, 1, shared))
+        scores = g.op("MatMul", q, g.op("Transpose", project(x, shared), perm=[1, 0]))
+        mask = g.constant(np.triu(np.full((length, length), -1e30, np.float32), 1))
+        v = g.op("Transpose", g.op("Reshape", project(x, features), g.ints(length, heads, width)), perm=[1, 0, 2])
+        y = g.op("MatMul", g.op("Softmax", g.op("Add", scores, mask), axis=-1), v)
+        y = g.op("Reshape", g.op("Transpose", y, perm=[1, 0, 2]), g.ints(length, features))
+    g.save(path, project(y, features), [length, features])
+
+
+def mixture_of_experts(path, tokens, features=512, hidden=1264, experts=32):
+    """Two experts of each token, by the fused operator."""
+    g = Graph()
+    x = g.input("x", [tokens, features])
+    first, second = g.weight(experts, hidden, features), g.weight(experts, features, hidden)
+    y = g.op("MoE", x, g.op("MatMul", x, g.weight(features, experts)), first, "", second, domain="com.microsoft", k=2, activation_type="gelu")
+    g.save(path, y, [tokens, features])
+
+
+def ultra_mem(path, tokens, features=512, keys=1352, width=80, heads=2, rank=2, m=42, expansion=4, value_width=256):
+    """Tucker-decomposed retrieval with two cores; the table of values is an input."""
+    g, picks = Graph(), heads * m
+    rows = keys * keys // expansion
+    x, values = g.input("x", [tokens, features]), g.input("values", [rows, value_width])
+    q = g.op("Reshape", g.op("MatMul", x, g.weight(features, 2 * width)), g.ints(tokens, 2, width))
+    mean = g.op("ReduceMean", g.op("Mul", q, q), axes=[-1])
+    q = g.op("Div", q, g.op("Sqrt", g.op("Add", mean, g.constant(np.float32(1e-5).reshape(1)))))
+    chosen, factors = [], []
+    for half in g.op("Split", q, outputs=2, axis=1):
+        scores = g.op("Reshape", g.op("MatMul", g.op("Reshape", half, g.ints(tokens, width)), g.weight(width, heads * rank * keys)),
+                      g.ints(tokens, heads, rank, keys))
+        leading = g.constant(random.uniform(0.5, 1, (1, heads, 1, rank)).astype(np.float32))
+        _, ids = g.op("TopK", g.op("Reshape", g.op("MatMul", leading, scores), g.ints(tokens, heads, keys)), g.ints(m), outputs=2, axis=-1)
+        chosen.append(ids)
+        every_rank = g.op("Expand", g.op("Reshape", ids, g.ints(tokens, heads, 1, m)), g.ints(tokens, heads, rank, m))
+        factors.append(g.op("GatherElements", scores, every_rank, axis=-1))
+    left = g.op("Transpose", factors[0], perm=[0, 1, 3, 2])
+    cores = [g.constant(random.uniform(0, 1, (1, heads, rank, rank)).astype(np.float32)) for _ in range(2)]
+    grids = [g.op("Reshape", g.op("MatMul", g.op("MatMul", left, core), factors[1]), g.ints(tokens, heads, m * m)) for core in cores]
+    _, at = g.op("TopK", g.op("Add", *grids), g.ints(m), outputs=2, axis=-1)
+    i, j = g.op("GatherElements", chosen[0], g.op("Div", at, g.ints(m)), axis=-1), g.op("GatherElements", chosen[1], g.op("Mod", at, g.ints(m)), axis=-1)
+    address = g.op("Reshape", g.op("Add", g.op("Mul", i, g.ints(keys)), j), g.ints(tokens, picks))
+    place = g.op("Gather", g.constant(random.permutation(keys * keys).astype(np.int64)), address)
+    group = g.op("Reshape", g.op("Div", place, g.ints(rows)), g.ints(tokens, 1, picks))
+    mine = g.op("Cast", g.op("Equal", group, g.constant(np.arange(expansion).reshape(1, expansion, 1))), to=FLOAT)
+    sums = []
+    for grid, half in zip(grids, g.op("Split", g.op("Gather", values, g.op("Mod", place, g.ints(rows)), axis=0), outputs=2, axis=2)):
+        weights = g.op("Reshape", g.op("GatherElements", grid, at, axis=-1), g.ints(tokens, 1, picks))
+        sums.append(g.op("MatMul", g.op("Mul", mine, weights), half))
+    o = g.op("Reshape", g.op("Concat", *sums, axis=-1), g.ints(tokens, expansion * value_width))
+    g.save(path, g.op("MatMul", o, g.weight(expansion * value_width, features)), [tokens, features])
+
+
 def main():
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +195,12 @@ def main():
     for length in (4096, 8192, 16384):
         attention(folder / f"attention_causal_{length}.onnx", length, True)
     attention(folder / "attention_bidirectional_8192.onnx", 8192, False)
+    local_attention(folder / "attention_local_16384.onnx", 16384)
+    for shared in (0, 256):
+        heads_attention(folder / f"collaborative_{shared}_512.onnx", 512, shared)
+    for tokens in (1, 64, 512):
+        ultra_mem(folder / f"ultra_mem_{tokens}.onnx", tokens)
+        mixture_of_experts(folder / f"mixture_of_experts_{tokens}.onnx", tokens)
 
 
 if __name__ == "__main__":

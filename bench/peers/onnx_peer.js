@@ -28,23 +28,28 @@ const bits = () => {
 const symmetric = () => bits() / 2147483648;
 const floats = (...dims) => new Tensor('float32', fill(new Float32Array(dims.reduce((a, b) => a * b)), symmetric), dims);
 
-let table = null;
-const values = () => (table ??= floats(SLOTS, FEATURES));  // once a process
+const once = (make) => { let made = null; return () => (made ??= make()); };
+const values = once(() => floats(SLOTS, FEATURES)), smallValues = once(() => floats(1352 * 1352 / 4, 256));
 const repeat = (n, make) => Array.from({ length: n }, make);
+const cold = (tokens) => (tokens > 1 ? 8 : 256);  // sets of tokens, so that what they pick is in no cache
+const three = (...dims) => ({ q: floats(...dims), k: floats(...dims), v: floats(...dims) });
 
 // family -> parameters -> [graph, feeds to take in turn, output shape, items]
 const families = {
   'product_key_memory/forward': ({ tokens }) => [`product_key_memory_${tokens}`,
-    repeat(tokens > 1 ? 8 : 256, () => ({ x: floats(tokens, FEATURES), values: values() })), [tokens, FEATURES], tokens],
+    repeat(cold(tokens), () => ({ x: floats(tokens, FEATURES), values: values() })), [tokens, FEATURES], tokens],
   'feed_forward/forward': ({ tokens }) => [`feed_forward_${tokens}`, [{ x: floats(tokens, FEATURES) }], [tokens, FEATURES], tokens],
   'gather_sum': () => ['gather_sum', repeat(8, () => ({
     slots: new Tensor('int64', fill(new BigInt64Array(512 * PICKS), () => BigInt((bits() >>> 0) % SLOTS)), [512, PICKS]),
     weights: floats(512, PICKS), values: values() })), [512, FEATURES], 512],
   'top_k': () => ['top_k', [{ x: floats(4096, SUB_KEYS) }], [4096, 32], 4096],
-  'attention/exact_causal': ({ length }) => [`attention_causal_${length}`,
-    [{ q: floats(1, length, 256), k: floats(1, length, 256), v: floats(1, length, 256) }], [1, length, 256], length],
-  'attention/exact_bidirectional': ({ length }) => [`attention_bidirectional_${length}`,
-    [{ q: floats(1, length, 256), k: floats(1, length, 256), v: floats(1, length, 256) }], [1, length, 256], length],
+  'attention/exact_causal': ({ length }) => [`attention_causal_${length}`, [three(1, length, 256)], [1, length, 256], length],
+  'attention/exact_bidirectional': ({ length }) => [`attention_bidirectional_${length}`, [three(1, length, 256)], [1, length, 256], length],
+  'attention/local': ({ length }) => [`attention_local_${length}`, [three(4, length, 64)], [4, length, 64], length],
+  'collaborative/forward': ({ length, shared }) => [`collaborative_${shared}_${length}`, [{ x: floats(length, 768) }], [length, 768], length],
+  'mixture_of_experts/forward': ({ tokens }) => [`mixture_of_experts_${tokens}`, repeat(cold(tokens), () => ({ x: floats(tokens, 512) })), [tokens, 512], tokens],
+  'ultra_mem/forward': ({ tokens }) => [`ultra_mem_${tokens}`,
+    repeat(cold(tokens), () => ({ x: floats(tokens, 512), values: smallValues() })), [tokens, 512], tokens],
 };
 
 function parse(name) {
@@ -55,7 +60,7 @@ function parse(name) {
 
 function build(name) {
   const [family, parameters] = parse(name);
-  if (!(family in families)) throw new Error('no such case in ONNX Runtime');
+  if (!(family in families)) throw new Error('no such case');
   const [graph, feeds, shape, items] = families[family](parameters);
   const session = new binding.InferenceSession();
   session.loadModel(path.join(graphs, graph + '.onnx'),

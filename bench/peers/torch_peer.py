@@ -17,72 +17,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-FEATURES, HEADS, SUB_KEYS, HALF, TOP_K, HIDDEN = 1024, 4, 512, 256, 32, 4096
-SLOTS = SUB_KEYS * SUB_KEYS
-
-
-class ProductKeyMemory(torch.nn.Module):
-    """Query network, product keys, weighted sum of value rows, in the way of the published layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.query = torch.nn.Linear(FEATURES, HEADS * 2 * HALF)
-        self.keys = torch.nn.Parameter(torch.empty(2 * HEADS, HALF, SUB_KEYS).uniform_(-1, 1) / math.sqrt(HALF))
-        self.values = torch.nn.EmbeddingBag(SLOTS, FEATURES, mode="sum", sparse=True, _weight=shared_table())
-
-    def forward(self, x):
-        tokens = x.shape[0]
-        q = self.query(x).view(tokens, 2 * HEADS, HALF).transpose(0, 1)
-        scores = torch.bmm(q, self.keys).view(HEADS, 2, tokens, SUB_KEYS)
-        best, index = scores.topk(TOP_K, dim=-1)
-        pairs = (best[:, 0, :, :, None] + best[:, 1, :, None, :]).view(HEADS, tokens, -1)
-        kept, at = pairs.topk(TOP_K, dim=-1)
-        slot = (index[:, 0, :, :, None] * SUB_KEYS + index[:, 1, :, None, :]).view(HEADS, tokens, -1).gather(-1, at)
-        weight = F.softmax(kept, dim=-1)
-        return self.values(slot.transpose(0, 1).reshape(tokens, -1), per_sample_weights=weight.transpose(0, 1).reshape(tokens, -1))
-
-
-class Block(torch.nn.Module):
-    def __init__(self, features, heads, hidden):
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = torch.nn.LayerNorm(features), torch.nn.LayerNorm(features)
-        self.qkv, self.out = torch.nn.Linear(features, 3 * features), torch.nn.Linear(features, features)
-        self.up, self.down = torch.nn.Linear(features, hidden), torch.nn.Linear(hidden, features)
-
-    def forward(self, x, mask):
-        batch, length, features = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
-        y = (F.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(batch, length, features)
-        x = x + self.out(y)
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
-
-
-class LanguageModel(torch.nn.Module):
-    def __init__(self, layers, features=128, heads=4, hidden=512, context=256, vocabulary=256):
-        super().__init__()
-        self.tokens, self.positions = torch.nn.Embedding(vocabulary, features), torch.nn.Embedding(context, features)
-        self.blocks = torch.nn.ModuleList(Block(features, heads, hidden) for _ in range(layers))
-        self.norm, self.head = torch.nn.LayerNorm(features), torch.nn.Linear(features, vocabulary)
-        self.register_buffer("mask", torch.full((context, context), -math.inf).triu(1))
-
-    def forward(self, ids):
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x, self.mask)
-        return self.head(self.norm(x))
-
-
-_table = None
-
-
-def shared_table():
-    """1 GiB of value rows, once a process."""
-    global _table
-    if _table is None:
-        _table = torch.empty(SLOTS, FEATURES).uniform_(-1, 1)
-    return _table
+from torch_layers import (FEATURES, HEADS, TOP_K, Decoder, HeadsAttention, LanguageModel, LshAttention, MixtureOfExperts, ProductKeyMemory,
+                          Residual, ReversibleStack, UltraMem, local_attention, shared_table)
 
 
 def no_grad(call):
@@ -92,31 +28,32 @@ def no_grad(call):
     return run
 
 
-def product_key_memory_forward(tokens):
-    layer = ProductKeyMemory().eval()
-    fresh = [torch.randn(tokens, FEATURES) for _ in range(8 if tokens > 1 else 256)]  # fresh tokens: the value rows are not in a cache
-    turn = iter(range(1 << 60))
-    return no_grad(lambda: layer(fresh[next(turn) % len(fresh)])), tokens
+def forward_of(layer, *shape, sets=1):
+    """Inference; with several sets over fresh tokens at each call, so that what they pick is in no cache."""
+    fresh, turn = [torch.randn(*shape) for _ in range(sets)], iter(range(1 << 60))
+    layer.eval()
+    return no_grad(lambda: layer(fresh[next(turn) % sets])), math.prod(shape[:-1])
 
 
-def product_key_memory_train(tokens):
-    layer = ProductKeyMemory()
-    fresh = [torch.randn(tokens, FEATURES, requires_grad=True) for _ in range(4)]
-    upstream = torch.randn(tokens, FEATURES)
-    turn = iter(range(1 << 60))
+def training_of(layer, *shape, sets=1):
+    """Forward and backward."""
+    fresh, upstream, turn = [torch.randn(*shape, requires_grad=True) for _ in range(sets)], torch.randn(*shape), iter(range(1 << 60))
 
     def step():
-        x = fresh[next(turn) % len(fresh)]
+        x = fresh[next(turn) % sets]
         layer.zero_grad(set_to_none=True)
         x.grad = None
         layer(x).backward(upstream)
-    return step, tokens
+    return step, math.prod(shape[:-1])
+
+
+def cold_sets(tokens):
+    return 8 if tokens > 1 else 256
 
 
 def feed_forward(tokens):
-    layer = torch.nn.Sequential(torch.nn.Linear(FEATURES, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, FEATURES)).eval()
-    x = torch.randn(tokens, FEATURES)
-    return no_grad(lambda: layer(x)), tokens
+    hidden = 4 * FEATURES
+    return forward_of(torch.nn.Sequential(torch.nn.Linear(FEATURES, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, FEATURES)), tokens, FEATURES)
 
 
 def top_k(n, k):
@@ -148,72 +85,41 @@ def attention(length, causal):
     return no_grad(run), length
 
 
-class LshAttention(torch.nn.Module):
-    """LSH self-attention in the way of Hugging Face's Reformer: causal, one chunk before, all rounds sorted and cut together."""
-
-    def __init__(self, features, heads, rounds, chunk=64):
-        super().__init__()
-        self.heads, self.rounds, self.chunk = heads, rounds, chunk
-        self.query_key = torch.nn.Linear(features, features, bias=False)
-        self.value = torch.nn.Linear(features, features, bias=False)
-        self.output = torch.nn.Linear(features, features, bias=False)
-
-    def buckets(self, length):
-        e = (2 * (length // self.chunk)).bit_length() - 1
-        limit = 2 * max(math.isqrt(length // self.chunk), self.chunk)
-        return [2 ** e] if 2 ** e <= limit else [2 ** (e // 2), 2 ** (e - e // 2)]
-
-    def ids(self, q, factors, rotations):
-        """q [batch, heads, length, width] -> [batch, heads, rounds, length], the number of the round included."""
-        z = torch.einsum("bhld,hdrs->bhrls", q, rotations)
-        bucket, step, at = 0, 1, 0
-        for f in factors:
-            part = z[..., at: at + f // 2]
-            bucket = bucket + step * torch.cat([part, -part], -1).argmax(-1)
-            step, at = step * f, at + f // 2
-        return bucket + step * torch.arange(self.rounds).view(-1, 1)
-
-    def forward(self, x, factors=None, rotations=None):
-        batch, length, features = x.shape
-        width, window = features // self.heads, 2 * self.chunk
-        q = self.query_key(x).view(batch, length, self.heads, width).transpose(1, 2)
-        v = self.value(x).view(batch, length, self.heads, width).transpose(1, 2)
-        factors = factors or self.buckets(length)
-        if rotations is None:
-            rotations = torch.randn(self.heads, width, self.rounds, sum(factors) // 2)
-        with torch.no_grad():
-            order = self.ids(q, factors, rotations).flatten(2).argsort(dim=-1, stable=True)
-            undo = order.argsort(dim=-1)
-            position = order % length
-        take = position.unsqueeze(-1).expand(-1, -1, -1, width)
-        chunks = lambda t: t.view(batch, self.heads, -1, self.chunk, *t.shape[3:])
-        both = lambda t: torch.cat([t.roll(1, dims=2), t], dim=3)
-        sq, sv, t = chunks(q.gather(2, take)), chunks(v.gather(2, take)), chunks(position)
-        k = sq * torch.rsqrt(sq.square().mean(-1, keepdim=True) + 1e-6) / math.sqrt(width)
-        scores = sq @ both(k).transpose(-1, -2)
-        ti, tj = t.unsqueeze(-1), both(t).unsqueeze(-2)
-        scores = torch.where(ti < tj, scores.new_tensor(-1e9), scores)
-        scores = torch.where(ti == tj, scores.new_tensor(-1e5), scores)
-        total = scores.logsumexp(-1, keepdim=True)
-        out = ((scores - total).exp() @ both(sv)).flatten(2, 3)
-        out = out.gather(2, undo.unsqueeze(-1).expand_as(out)).view(batch, self.heads, self.rounds, length, width)
-        total = total.flatten(2).gather(2, undo).view(batch, self.heads, self.rounds, length, 1)
-        y = ((total - total.logsumexp(2, keepdim=True)).exp() * out).sum(2)
-        return self.output(y.transpose(1, 2).reshape(batch, length, features))
+def local(length):
+    q, k, v = (torch.randn(4, length, 64) for _ in range(3))
+    return no_grad(lambda: local_attention(q, k, v)), length
 
 
-def lsh_layer(length, rounds, train):
-    layer = LshAttention(256, 4, rounds)
-    x = torch.randn(1, length, 256, requires_grad=train)
-    if not train:
-        return no_grad(lambda: layer(x)), length
-    upstream = torch.randn(1, length, 256)
+def reversible_train(layers, stored):
+    """8 sequences of 128 tokens, two streams of 256 features."""
+    parts = torch.nn.ModuleList(Residual(256, 4, feed_forward) for _ in range(layers) for feed_forward in (False, True))
+    blocks = list(zip(parts[::2], parts[1::2]))
+    x = [torch.randn(8, 128, 256, requires_grad=True) for _ in "ab"]
+    upstream = [torch.randn(8, 128, 256) for _ in "ab"]
 
     def step():
-        layer.zero_grad(set_to_none=True)
-        x.grad = None
-        layer(x).backward(upstream)
-    return step, length
+        parts.zero_grad(set_to_none=True)
+        a, b = x
+        a.grad = b.grad = None
+        if stored:
+            for f, g in blocks:
+                a = a + f(b)
+                b = b + g(a)
+        else:
+            a, b = ReversibleStack.apply(a, b, blocks, *parts.parameters())
+        torch.autograd.backward((a, b), upstream)
+    return step, 8 * 128
+
+
+def exits(batch, depth, steps=16):
+    """Depths as lithe_bench draws them: half of the rows leave after block 1, then half of the rest, and so on; or all blocks."""
+    model, x, memory = Decoder().eval(), torch.randn(batch, 256), torch.randn(batch, 20, 256)
+    depths = torch.ones(steps, batch, dtype=torch.long)
+    for n in range(1, 6):
+        depths += (depths == n) & ((torch.rand(steps, batch) < 0.5) | (depth == "full"))
+    if depth == "slowest":
+        depths = depths.max(1, keepdim=True).values.expand(-1, batch)
+    return no_grad(lambda: model(x, memory, depths)), batch * steps
 
 
 def language_model_train(layers, features):
@@ -233,13 +139,25 @@ def language_model_train(layers, features):
 FAMILIES = {
     "top_k": lambda p: top_k(p["n"], p["k"]),
     "gather_sum": lambda p: gather_sum(p["rows"], p["cols"]),
-    "product_key_memory/forward": lambda p: product_key_memory_forward(p["tokens"]),
-    "product_key_memory/train": lambda p: product_key_memory_train(p["tokens"]),
+    "product_key_memory/forward": lambda p: forward_of(ProductKeyMemory(), p["tokens"], FEATURES, sets=cold_sets(p["tokens"])),
+    "product_key_memory/train": lambda p: training_of(ProductKeyMemory(), p["tokens"], FEATURES, sets=4),
+    "ultra_mem/forward": lambda p: forward_of(UltraMem(), p["tokens"], 512, sets=cold_sets(p["tokens"])),
+    "ultra_mem/train": lambda p: training_of(UltraMem(), p["tokens"], 512, sets=4),
+    "mixture_of_experts/forward": lambda p: forward_of(MixtureOfExperts(), p["tokens"], 512, sets=cold_sets(p["tokens"])),
+    "mixture_of_experts/train": lambda p: training_of(MixtureOfExperts(), p["tokens"], 512, sets=4),
     "feed_forward/forward": lambda p: feed_forward(p["tokens"]),
     "attention/exact_causal": lambda p: attention(p["length"], True),
     "attention/exact_bidirectional": lambda p: attention(p["length"], False),
-    "attention/lsh_layer": lambda p: lsh_layer(p["length"], p["rounds"], False),
-    "attention/lsh_layer_train": lambda p: lsh_layer(p["length"], p["rounds"], True),
+    "attention/local": lambda p: local(p["length"]),
+    "attention/lsh_layer": lambda p: forward_of(LshAttention(256, 4, p["rounds"]), 1, p["length"], 256),
+    "attention/lsh_layer_train": lambda p: training_of(LshAttention(256, 4, p["rounds"]), 1, p["length"], 256),
+    "collaborative/forward": lambda p: forward_of(HeadsAttention(shared=p["shared"]), p["length"], 768),
+    "collaborative/training": lambda p: training_of(HeadsAttention(shared=p["shared"]), p["length"], 768),
+    "reversible/train": lambda p: reversible_train(p["layers"], stored=False),
+    "reversible/train_stored": lambda p: reversible_train(p["layers"], stored=True),
+    "exits/full_depth": lambda p: exits(p["batch"], "full"),
+    "exits/slowest_row": lambda p: exits(p["batch"], "slowest"),
+    "exits/of_each_row": lambda p: exits(p["batch"], "drawn"),
     "language_model/train": lambda p: language_model_train(p["layers"], p["features"]),
 }
 
@@ -277,7 +195,7 @@ def main():
         try:
             family, parameters = parse(case)
             if family not in FAMILIES:
-                raise ValueError("no such case in PyTorch")
+                raise ValueError("no such case")
             if case not in built:
                 built[case] = FAMILIES[family](parameters)
                 built[case][0]()  # warm-up
