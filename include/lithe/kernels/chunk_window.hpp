@@ -47,6 +47,7 @@ struct chunked_head {
   [[nodiscard]] index_t rounds() const { return order.rows(); }
   [[nodiscard]] index_t window() const { return before + 1 + after; }
 
+  /// A chunk among all rounds.
   struct place {
     index_t round, chunk;  // chunk -1: nothing there
   };

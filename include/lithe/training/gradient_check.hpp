@@ -17,6 +17,7 @@ struct gradient_check_options {
 
 /// What a gradient check found, tensor by tensor.
 struct gradient_check_report {
+  /// The numbers of one tensor.
   struct tensor {
     std::string name;          ///< "x", "memory", a parameter's name, or "y without a record", "y replayed"
     double worst = 0;          ///< largest relative error; infinite where a number was not finite
