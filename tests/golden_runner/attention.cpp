@@ -39,8 +39,16 @@ void run_attention(golden_case<S>& c) {
   context ctx;
   ctx.rows = {segment};
 
+  attention_bias<S> bias;
+  matrix<S> values, gradient;
+  if (j.at("additive_bias")) {
+    values = c.tensor("input.bias");
+    gradient.setZero(values.rows(), values.cols());
+    bias = {values, gradient};
+  }
+
   if (cross) {
-    if (a.causal || a.rotary_width != 0 || j.at("additive_bias")) throw skipped("cross-attention with causality, positions or bias");
+    if (a.causal || a.rotary_width != 0) throw skipped("cross-attention with causality or positions");
     const matrix<S> memory = c.tensor("input.memory");
     const auto memory_segment = c.offsets("input.memory_segments");
     cross_attention<S> l({.inputs = a.inputs, .memory_inputs = memory.cols(), .heads = a.heads, .head_width = a.head_width, .outputs = a.outputs,
@@ -50,26 +58,19 @@ void run_attention(golden_case<S>& c) {
       typename cross_attention<S>::record r;
       matrix<S> dm = matrix<S>::Zero(memory.rows(), memory.cols());
       const memory_view<S> m{memory, {memory_segment}};
-      l.forward(x, m, y, r, ctx);
-      l.backward(x, m, r, dy, dx, dm, g, ctx);
+      l.forward(x, m, bias, y, r, ctx);
+      l.backward(x, m, bias, r, dy, dx, dm, g, ctx);
       c.compare("grad.input.memory", matrix_view<const S>(dm));
     });
   } else {
     attention<S> l(a, {});
-    attention_bias<S> bias;
-    matrix<S> values, gradient;
-    if (j.at("additive_bias")) {
-      values = c.tensor("input.bias");
-      gradient.setZero(values.rows(), values.cols());
-      bias = {values, gradient};
-    }
     run_layer(c, l, [&](auto& g) {
       typename attention<S>::record r;
       l.forward(x, bias, y, r, ctx);
       l.backward(x, bias, r, dy, dx, g, ctx);
     });
-    if (c.has("grad.input.bias")) c.compare("grad.input.bias", matrix_view<const S>(gradient));
   }
+  if (c.has("grad.input.bias")) c.compare("grad.input.bias", matrix_view<const S>(gradient));
   c.compare("output.y", matrix_view<const S>(y));
   c.compare("grad.input.x", matrix_view<const S>(dx));
 }

@@ -167,8 +167,12 @@ void run_collaborative_layer(golden_case<S>& c) {
 template <class S>
 void run_decomposition(golden_case<S>& c, const attention<S>& before, index_t rank) {
   collaborative_attention<S> made;
-  decomposition_options o{.rank = rank, .max_sweeps = c.config.at("n_iter_max"), .tolerance = c.config.at("tol"), .restarts = 4};
-  const decomposition ours = reparametrise(before, made, o);
+  decomposition_options o{.rank = rank, .max_sweeps = c.config.at("n_iter_max"), .tolerance = c.config.at("tol")};
+  // The recorded error is that of one random start, which may have been lucky: more starts and sweeps than are usual.
+  decomposition_options thorough = o;
+  thorough.max_sweeps *= 10;
+  thorough.restarts = 24;
+  const decomposition ours = reparametrise(before, made, thorough);
   c.compare("param.after.content_bias.weight", matrix_view<const S>(made.content_bias.weight));
   c.compare("param.after.value.weight", matrix_view<const S>(made.value.weight));
   if (!c.has("cp.tensor")) {  // copied, not iterated

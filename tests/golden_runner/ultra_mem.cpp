@@ -104,6 +104,17 @@ void compare_picks(golden_case<S>& g, const std::string& unit, const ultra_mem<S
   g.compare(name + "best_scores", scores);
 }
 
+/// The loss on singular values by itself, without its weight.
+template <class S>
+void compare_rank_loss(golden_case<S>& g, const std::string& unit, const ultra_mem<S>& l) {
+  matrix<S> cores = matrix<S>::Zero(l.search.cores.rows(), l.search.cores.cols());
+  const double loss = detail::rank_loss<S>(l.search.cores, l.config.heads, l.config.rank_margin, 1, matrix_view<S>(cores));
+  if (const std::string name = "aux." + unit + "tucker_rank_loss"; g.has(name)) g.compare(name, std::vector<double>{loss});
+  const index_t rows = l.config.heads * l.config.rank;
+  for (index_t c = 0; c < l.config.cores; ++c)
+    if (const std::string name = concat("grad.aux.", unit, "tucker_core.", c); g.has(name)) g.compare(name, view(std::as_const(cores)).slice_rows(c * rows, rows));
+}
+
 template <class S>
 void run_unit(golden_case<S>& g) {
   const ultra_mem<S> l = load_unit(g, "");
@@ -125,14 +136,7 @@ void run_unit(golden_case<S>& g) {
   if (g.has("mid.balance_loss") && l.config.balance > 0)
     g.compare("mid.balance_loss", std::vector<double>{static_cast<double>(r.balance.loss) / l.config.balance});
   compare_gradients(g, "", l, gradient);
-
-  // The loss on singular values by itself, without its weight.
-  matrix<S> cores = matrix<S>::Zero(l.search.cores.rows(), l.search.cores.cols());
-  const double loss = detail::rank_loss<S>(l.search.cores, l.config.heads, l.config.rank_margin, 1, matrix_view<S>(cores));
-  if (g.has("aux.tucker_rank_loss")) g.compare("aux.tucker_rank_loss", std::vector<double>{loss});
-  const index_t rows = l.config.heads * l.config.rank;
-  for (index_t c = 0; c < l.config.cores; ++c)
-    if (const std::string name = concat("grad.aux.tucker_core.", c); g.has(name)) g.compare(name, view(std::as_const(cores)).slice_rows(c * rows, rows));
+  compare_rank_loss(g, "", l);
 }
 
 /// y = x: the files' blocks mix no tokens.
@@ -202,6 +206,7 @@ void run_skip(golden_case<S>& g) {
     const std::string unit = concat("mem_blocks.", u, ".");
     compare_picks(g, unit, m.units[u], r.units[u]);
     compare_gradients(g, unit, m.units[u], gradient.units[u]);
+    compare_rank_loss(g, unit, m.units[u]);
   }
 }
 
