@@ -58,7 +58,7 @@ class key_balance {
             pi.setZero();
         }
       });
-      const index_t at = keys_.block(axis, 0) * d;
+      const index_t at = keys_.block(head, axis, 0) * d;
       gemm_nn<S>(alpha, keys_.group(prepared_.filter, head, axis), dq.slice_rows(first, alpha.rows()).slice_cols(at, width), ctx_, update::add);
       gemm_tn<S>(alpha, q_tile.slice_cols(at, width), d_filter, ctx_);
       const auto target = keys_.group(d_unit, head, axis);

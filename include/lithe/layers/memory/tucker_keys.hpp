@@ -12,7 +12,7 @@
 namespace lithe::inline LITHE_ABI {
 
 /// Which part of the query is scored with the keys of an axis and rank. Shared (UltraMem): [axis], for all ranks. Per rank (UltraMemV2):
-/// [axis][rank]. Released: [2][axis] as in the authors' code of UltraMemV2, which reads only the first half. Ascend: [axis][2] as in
+/// [axis][rank]. Released: [2][axis] as in the authors' code of UltraMemV2, where heads 0 and 1 read the first half, 2 and 3 the second. Ascend: [axis][2] as in
 /// TRC-HPC's code, which reads the first of both. The last two are for imports of rank 2.
 enum class tucker_query { shared, per_rank, released, ascend };
 
@@ -80,15 +80,16 @@ struct tucker_keys {
                           c.final_k);
     const bool two = c.query == tucker_query::released || c.query == tucker_query::ascend;
     require<config_error>(!two || c.rank == 2, "ultra_mem: queries laid out as released are for rank 2, got ", c.rank);
-    require<config_error>(c.query != tucker_query::released || c.heads <= 2, "ultra_mem: queries laid out as released are for 1 or 2 heads, got ", c.heads);
+    require<config_error>(c.query != tucker_query::released || c.heads <= 4, "ultra_mem: queries laid out as released are for 1 to 4 heads, got ", c.heads);
     return c;
   }
 
   /// Blocks of width d in a query.
   [[nodiscard]] index_t blocks() const { return config.query == tucker_query::shared ? 2 : 2 * config.rank; }
-  /// The block that is scored with the keys of an axis and rank.
-  [[nodiscard]] index_t block(index_t axis, index_t rank) const {
+  /// The block that is scored with the keys of a head, axis and rank.
+  [[nodiscard]] index_t block(index_t head, index_t axis, index_t rank) const {
     switch (config.query) {
+      case tucker_query::released: return head / 2 * 2 + axis;
       case tucker_query::per_rank: return axis * config.rank + rank;
       case tucker_query::ascend: return 2 * axis;
       default: return axis;
@@ -208,7 +209,7 @@ struct tucker_keys {
         for (index_t a = 0; a < r; ++a) {
           const auto size = static_cast<std::size_t>(T * k);
           const lithe::picks<S> picked{{ids.row(axis), size}, {changes.row(axis * r + a), size}, k};
-          const index_t at = block(axis, a) * d;
+          const index_t at = block(head, axis, a) * d;
           gather_sum<S>(group(p.unit, head, axis).slice_cols(a * d, d), picked, dq.slice_cols(at, d), ctx, update::add);
           scatter_add<S>(picked, q.slice_cols(at, d), group(d_unit, head, axis).slice_cols(a * d, d), ctx);
         }
@@ -222,7 +223,7 @@ struct tucker_keys {
 
   /// The filter's scores [T x n] of all keys of a head and axis.
   void filter_scores(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, matrix_view<S> scores, const context& ctx) const {
-    const auto part = q.slice_cols(block(axis, 0) * config.width, filter_width());
+    const auto part = q.slice_cols(block(head, axis, 0) * config.width, filter_width());
     if (p.own_unit.rows() == 0)
       gemm_packed<S>(part, packed.part(head * 2 + axis), scores, ctx);
     else
@@ -231,7 +232,7 @@ struct tucker_keys {
   /// The scores [T x n] of all keys of a head, axis and rank.
   void rank_scores(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, index_t a, matrix_view<S> scores, const context& ctx) const {
     const index_t d = config.width;
-    const auto part = q.slice_cols(block(axis, a) * d, d);
+    const auto part = q.slice_cols(block(head, axis, a) * d, d);
     if (p.own_unit.rows() == 0)
       gemm_packed<S>(part, packed_ranks[static_cast<std::size_t>(a)].part(head * 2 + axis), scores, ctx);
     else
@@ -322,7 +323,7 @@ struct tucker_keys {
   void factor(matrix_view<const S> q, const prepared& p, index_t head, index_t axis, index_t a, std::span<const slot_t> ids, index_t per_token, S* out,
               const context& ctx) const {
     const index_t d = config.width;
-    row_dots<S>(group(p.unit, head, axis).slice_cols(a * d, d), ids, per_token, q.slice_cols(block(axis, a) * d, d), {out, ids.size()}, ctx);
+    row_dots<S>(group(p.unit, head, axis).slice_cols(a * d, d), ids, per_token, q.slice_cols(block(head, axis, a) * d, d), {out, ids.size()}, ctx);
   }
   /// The factors of a tile's candidates, out [r][T x m]. The filter's scores Σ_a u_a R_a are known, so one rank follows from the others: that of
   /// the largest |u_a|, which is at least |u| / √r and so costs no accuracy. `all` [T x n] is used up.
