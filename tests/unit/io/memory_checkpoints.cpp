@@ -93,6 +93,20 @@ TEST(memory_checkpoints, every_code_loads_by_its_public_names) {
   }
 }
 
+/// XLM makes one map of the networks of all groups when they have no hidden layer: the same numbers as one network of all queries.
+TEST(memory_checkpoints, networks_of_groups_without_hidden_layers_are_one_map) {
+  auto c = smaller(xlm_memory(10));
+  c.query.norm = query_normalisation::batch;
+  const memory from(c, {1});
+  const temporary_file file;
+  write_public(file.path, memory_code::xlm, from, "a.");
+  c.query.per_group = true;
+  memory to(c, {2});
+  to.keys.keys.setZero();
+  import_memory(memory_code::xlm, safetensors_file(file.path), "a.", to);
+  EXPECT_LT((output_of(from) - output_of(to)).cwiseAbs().maxCoeff(), 1e-14);
+}
+
 TEST(memory_checkpoints, missing_foreign_and_unknown_tensors_are_named_and_nothing_is_loaded) {
   const temporary_file file;
   const auto c = smaller(xlm_memory(10));
