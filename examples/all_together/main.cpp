@@ -18,6 +18,8 @@ struct run_config {
   std::string config = DEFAULT_CONFIG, text = DEFAULT_TEXT, save, resume, prompt = "And it came to pass ";
   index_t steps = 300, sequences = 8, length = 200;
   double rate = 3e-3, threshold = 0.8;
+  lithe::sampling how{.temperature = 0};
+  std::uint64_t seed = 1;
   lithe::exit_confidence exit = lithe::exit_confidence::softmax_diff;
   int workers = 0;
 };
@@ -59,7 +61,7 @@ void print_exits(const trainer<model_type>& t, const std::vector<token_t>& text,
   for (std::size_t n = 0; n < losses.size(); ++n) std::printf("exit %zu: %.3f bits/byte held out\n", n + 1, losses[n] / std::numbers::ln2);
 }
 
-void write(const trainer<model_type>& t, const run_config& r, const lithe::context& ctx) {
+void write(const trainer<model_type>& t, const run_config& r, const lithe::exit_rule& with_exits, const lithe::context& ctx) {
   const std::vector<token_t> prompt = to_tokens(r.prompt);
   const index_t room = t.config.context - static_cast<index_t>(prompt.size());
   lithe::require<lithe::config_error>(room >= 1, "prompt: expected less than the context of ", t.config.context, " bytes, got ", prompt.size());
@@ -67,13 +69,13 @@ void write(const trainer<model_type>& t, const run_config& r, const lithe::conte
   const auto sample = [&](const char* name, const lithe::exit_rule& rule) {
     const double begin = now();
     const lithe::exit_decoder model(t.words(), t.decoder(), {}, rule);
-    const auto g = lithe::generate(model, {&prompt, 1}, {.how = {.temperature = 0}, .most = most}, {}, ctx);
+    const auto g = lithe::generate(model, {&prompt, 1}, {.how = r.how, .most = most}, lithe::rng_key{r.seed}, ctx);
     const double seconds = now() - begin;
     std::printf("\n--- %s: mean exit %.2f of %td, %.0f bytes/s\n%s%s\n", name, g.mean_exit(), exits, static_cast<double>(most) / seconds, r.prompt.c_str(),
                 std::string(g.tokens[0].begin(), g.tokens[0].end()).c_str());
   };
   sample("all blocks", {});
-  sample("with exits", {.kind = r.exit, .thresholds = {r.threshold}});
+  sample("with exits", with_exits);
 }
 
 int run(const run_config& r) {
@@ -87,6 +89,8 @@ int run(const run_config& r) {
                                   " bytes of text for a context of ", config.context, ", found ", text.size());
   trainer<model_type> t(config, make_model<float>(config));
   if (!r.resume.empty()) t.resume(r.resume);
+  const lithe::exit_rule with_exits{.kind = r.exit, .thresholds = {r.threshold}};
+  (void)lithe::exit_decoder(t.words(), t.decoder(), {}, with_exits);  // a rule that does not fit is refused before training
   std::printf("%zu reversible blocks, %td exits, %td parameters\n", config.attention.size(), t.decoder().exits(), lithe::count_parameters(t.model));
   for (std::size_t i = 0; i < config.attention.size(); ++i)
     std::printf("  block %zu: %s attention, %s feed-forward\n", i + 1, config.attention[i].c_str(), config.feed_forward[i].c_str());
@@ -94,7 +98,7 @@ int run(const run_config& r) {
   if (!r.save.empty()) t.save(r.save);
   lithe::prepack(t.model);
   print_exits(t, text, ctx);
-  if (r.length > 0) write(t, r, ctx);
+  if (r.length > 0) write(t, r, with_exits, ctx);
   return 0;
 }
 
@@ -113,6 +117,10 @@ int main(int argc, char** argv) {
   app.add_option("--resume", r.resume, "goes on from a saved file; the model is the file's");
   app.add_option("--prompt", r.prompt)->capture_default_str();
   app.add_option("--length", r.length, "bytes to generate")->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--temperature", r.how.temperature, "0 = the most likely byte")->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--top-k", r.how.top_k, "draw from the k most likely bytes; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
+  app.add_option("--top-p", r.how.top_p, "draw from the fewest bytes that reach this probability")->capture_default_str();
+  app.add_option("--seed", r.seed, "of the drawing")->capture_default_str();
   const std::map<std::string, exit_confidence> kinds{{"geometric", exit_confidence::geometric}, {"max_prob", exit_confidence::max_prob},
                                                      {"softmax_diff", exit_confidence::softmax_diff}, {"entropy", exit_confidence::entropy},
                                                      {"state", exit_confidence::state}};

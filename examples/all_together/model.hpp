@@ -88,10 +88,10 @@ inline model_config parse_config(const std::string& text) {
 
 /// The two parts of a block, by the names of their kinds.
 template <class S>
-any_attention<S> make_attention(const model_config& c, const std::string& kind, lithe::rng_key key) {
+any_attention<S> make_attention(const model_config& c, const std::string& kind, double output_dropout, lithe::rng_key key) {
   using namespace lithe;
   const token_hash_config hash{.rounds = c.rounds, .buckets = automatic_buckets(bucket_rule::power_of_two, c.context, c.window)};
-  if (kind == "lsh") return lsh_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash, .chunk = c.window}, key);
+  if (kind == "lsh") return lsh_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash, .chunk = c.window, .output_dropout = output_dropout}, key);
   if (kind == "bucket") return bucket_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash}, key);
   if (kind == "local") return local_attention<S>({.inputs = c.features, .heads = c.heads, .chunk = c.window, .causal = true}, key);
   return collaborative_attention<S>({.inputs = c.features, .heads = c.heads, .key_width = std::max<index_t>(1, c.features / 2), .causal = true}, key);
@@ -108,26 +108,31 @@ any_feed_forward<S> make_feed_forward(const model_config& c, const std::string& 
   return lithe::feed_forward<S>({.features = c.features, .hidden = c.hidden, .kind = activation::gelu, .chunk = 64}, key);
 }
 
-/// Builds the model that a configuration describes. `Attention` and `Feed` other than a choice must be what the configuration names.
+/// Builds the model that a configuration describes. Throws config_error for one that names kinds other than `Attention` and `Feed`.
 template <class S, class Attention = any_attention<S>, class Feed = any_feed_forward<S>>
 model_of<S, Attention, Feed> make_model(const model_config& c) {
   using namespace lithe;
   check(c);
   const rng_key key{c.seed};
-  // The part of a block: norm, the layer, dropout. Dropout of LSH attention alone is its own affair.
-  const auto part = [&]<class Part>(auto chosen, std::type_identity<Part>) {
+  // The part of a block: norm, the layer, dropout. LSH attention as the only kind is computed again head by head and drops its output itself.
+  constexpr bool fused = fused_part<Attention>;
+  const auto part = [&]<class Part>(auto chosen, const std::string& kind, std::type_identity<Part>) {
     const double rate = fused_part<Part> ? 0 : c.dropout;
-    if constexpr (std::same_as<Part, decltype(chosen)>)
+    if constexpr (std::same_as<Part, decltype(chosen)>) {
       return pre_norm<Part>(layer_norm<S>(c.features), std::move(chosen), rate);
-    else
+    } else {
+      require<config_error>(std::holds_alternative<Part>(chosen.value), "configuration: this program is built without ", kind);
       return pre_norm<Part>(layer_norm<S>(c.features), std::get<Part>(std::move(chosen.value)), rate);
+    }
   };
   adaptive_depth<blocks_of<Attention, Feed>> decoder;
   for (std::size_t i = 0; i < c.attention.size(); ++i) {
     const rng_key k = key.child(100 + i);
     if (i % static_cast<std::size_t>(c.blocks_per_exit) == 0) decoder.stack.blocks.emplace_back();
-    decoder.stack.blocks.back().blocks.emplace_back(part(make_attention<S>(c, c.attention[i], k.child(0)), std::type_identity<Attention>{}),
-                                                    part(make_feed_forward<S>(c, c.feed_forward[i], k.child(1)), std::type_identity<Feed>{}));
+    const std::string &attention = c.attention[i], &feed = c.feed_forward[i];
+    decoder.stack.blocks.back().blocks.emplace_back(
+        part(make_attention<S>(c, attention, fused ? c.dropout : 0, k.child(0)), attention, std::type_identity<Attention>{}),
+        part(make_feed_forward<S>(c, feed, k.child(1)), feed, std::type_identity<Feed>{}));
   }
   const index_t width = 2 * c.features, exits = decoder.exits();
   decoder.answers = exit_classifiers<S>({.exits = exits, .features = width, .classes = byte_values}, key.child(1));

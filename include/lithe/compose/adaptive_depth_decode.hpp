@@ -8,6 +8,19 @@ namespace lithe::inline LITHE_ABI {
 
 namespace detail {
 
+/// Throws config_error unless the model is whole and has what the rule asks.
+template <class Block, class Norm>
+void check_rule(const adaptive_depth<Block, Norm>& model, const exit_rule& rule) {
+  const index_t N = model.exits();
+  model.check();
+  rule.check(N);
+  require<config_error>((rule.kind != exit_confidence::geometric && rule.kind != exit_confidence::multinomial) || N == 1 ||
+                            (!model.halt.heads.empty() && model.halt.geometric() == (rule.kind == exit_confidence::geometric)),
+                        "exit_rule: the model has no halting head of the kind that the rule asks for");
+  require<config_error>(rule.kind != exit_confidence::meta || N == 1 || model.meta.output.weight.size() != 0,
+                        "exit_rule: the model has no meta head");
+}
+
 /// One step of decoding with exits. The rows that are still in the stack stand packed, in the order of the call.
 template <class Block, class Norm>
 class exit_step {
@@ -194,15 +207,9 @@ void adaptive_step(const adaptive_depth<Block, Norm>& model, matrix_view<const t
                    matrix_view<typename Block::scalar> logits, std::span<std::int32_t> exits, adaptive_cache<Block>& c, const exit_rule& rule,
                    const context& ctx, matrix_view<double> confidences = {}) {
   const index_t R = x.rows(), N = model.exits();
-  model.check();
-  rule.check(N);
+  detail::check_rule(model, rule);
   require<config_error>(rule.kind != exit_confidence::fixed || rule.exits.size() <= 1 || static_cast<index_t>(rule.exits.size()) == c.slots(),
                         "exit_rule: expected an exit for each of ", c.slots(), " slots, or one for all, got ", rule.exits.size());
-  require<config_error>((rule.kind != exit_confidence::geometric && rule.kind != exit_confidence::multinomial) || N == 1 ||
-                            (!model.halt.heads.empty() && model.halt.geometric() == (rule.kind == exit_confidence::geometric)),
-                        "exit_rule: the model has no halting head of the kind that the rule asks for");
-  require<config_error>(rule.kind != exit_confidence::meta || N == 1 || model.meta.output.weight.size() != 0,
-                        "exit_rule: the model has no meta head");
   require_features("adaptive_depth", model.features(), x);
   require_shape("adaptive_depth", "logits", logits, R, model.answers.classes());
   require<shape_error>(static_cast<index_t>(exits.size()) == R && (ctx.slots.empty() || static_cast<index_t>(ctx.slots.size()) == R),

@@ -11,6 +11,7 @@ namespace lithe::inline LITHE_ABI {
 ///
 /// It borrows embedding, stack and memory. `embed` is the layer that turns tokens into rows (learned positions go on by themselves); of a memory each
 /// prompt reads one sequence. Prompts go through all blocks, behind them every row leaves by the rule (`adaptive_step`, which says what is thrown).
+/// The constructor throws config_error for a rule that asks a head which the model does not have.
 template <class Embed, class Block, class Norm>
 class exit_decoder {
  public:
@@ -24,9 +25,13 @@ class exit_decoder {
   };
 
   exit_decoder(const Embed& embed, const adaptive_depth<Block, Norm>& model, memory_type memory = {}, exit_rule rule = {})
-      : embed_(&embed), model_(&model), memory_(memory), rule_(std::move(rule)) {}
+      : embed_(&embed), model_(&model), memory_(memory), rule_(std::move(rule)) {
+    detail::check_rule(model, rule_);
+  }
 
   [[nodiscard]] index_t exits() const { return model_->exits(); }
+  /// Whether every row goes through all blocks.
+  [[nodiscard]] bool full_depth() const { return rule_.kind == exit_confidence::fixed && rule_.exits.empty(); }
   [[nodiscard]] index_t features() const { return model_->features(); }
   [[nodiscard]] shape output_shape(std::span<const token_t> ids) const { return {static_cast<index_t>(ids.size()), model_->answers.classes()}; }
 

@@ -87,16 +87,18 @@ class generator {
   using scalar = typename Model::scalar;
 
   /// The model must outlive the generator. Throws config_error for a capacity of 1 or below 0 (0 needs `most`), settings of `sampling` out of range,
-  /// drafts of a model without exits, below 0, or from an exit outside 1 .. N - 1.
+  /// drafts of a model without exits, below 0, from an exit outside 1 .. N - 1, or beside an exit rule.
   generator(const Model& model, generator_config config) : model_(&model), config_(std::move(config)), batch_(model) {
     detail::capacity_for(config_, {});
     config_.how.check();
     require<config_error>(config_.drafts >= 0, "generator: expected at least 0 drafts, got ", config_.drafts);
-    if constexpr (exit_decoding<Model>)
+    if constexpr (exit_decoding<Model>) {
       require<config_error>(config_.drafts == 0 || (config_.draft_exit >= 1 && config_.draft_exit < model.exits()),
                             "generator: expected a draft exit from 1 to ", model.exits() - 1, ", got ", config_.draft_exit);
-    else
+      require<config_error>(config_.drafts == 0 || model.full_depth(), "generator: all blocks check what was drafted, so no exit rule goes with drafts");
+    } else {
       require<config_error>(config_.drafts == 0, "generator: expected a model with exits for drafts, got one without");
+    }
   }
 
   /// Takes the prompts, each of at least one token. Throws shape_error for an empty one.

@@ -301,8 +301,8 @@ TEST(decoding, prompts_are_taken_in_by_all_blocks) {
 
 TEST(decoding, a_text_beyond_the_capacity_goes_on_from_its_last_half) {
   const auto m = make_model();
-  const exit_decoder decoder(tokens(), m, {}, rule(exit_confidence::max_prob, 0.7));
   for (const index_t drafts : {0, 2}) {
+    const exit_decoder decoder(tokens(), m, {}, drafts == 0 ? rule(exit_confidence::max_prob, 0.7) : exit_rule{});
     generator_config c = drafts == 0 ? greedy(0) : drafting(1, drafts, 0);
     c.capacity = 6;
     generator<exit_decoder<embedding<double>, block, layer_norm<double>>> g(decoder, c);
@@ -533,7 +533,7 @@ TEST(decoding, no_allocation_in_steady_state) {
   context ctx;
   ctx.work = &work;
   for (const index_t drafts : {0, 3}) {
-    const exit_decoder decoder(tokens(), m, {}, rule(exit_confidence::geometric, 0.55));
+    const exit_decoder decoder(tokens(), m, {}, drafts > 0 ? exit_rule{} : rule(exit_confidence::geometric, 0.55));
     generator<exit_decoder<embedding<double>, block, layer_norm<double>>> g(
         decoder, {.capacity = 400, .how = {.temperature = 0.9, .top_k = 5}, .drafts = drafts});
     const auto twenty = [&] {

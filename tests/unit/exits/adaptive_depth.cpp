@@ -493,6 +493,34 @@ TEST(adaptive_depth, same_bits_with_any_number_of_workers) {
   }
 }
 
+TEST(adaptive_stack, same_bits_with_any_number_of_workers_and_a_memory) {
+  const auto stack = make_stack<cross_block>(3);
+  const auto x = random_matrix(200, features, 2), rows = random_matrix(150, 4, 3), dy = random_matrix(600, features, 4);
+  const std::vector<index_t> offsets{0, 90, 200}, memory_offsets{0, 100, 150};
+  const memory_view<double> memory{rows, {memory_offsets}};
+  std::vector<matrix<double>> first;
+  for (const index_t workers : {1, 2, 7}) {
+    const parallel_executor exec(workers);
+    workspace work(exec);
+    const context ctx{.exec = &exec, .work = &work, .key = {9}, .rows = {offsets}, .train = true};
+    record_of<adaptive_stack<cross_block>> r;
+    auto g = make_gradient(stack);
+    matrix<double> y(600, features), dx(200, features), dm(150, 4);
+    dm.setZero();
+    stack.forward(x, memory, y, r, ctx);
+    stack.backward(x, memory, r, dy, dx, dm, g, ctx);
+    std::vector<matrix<double>> all{y, dx, dm};
+    for_each_tensor(
+        [&](const std::string&, role, const auto&, const auto& q) {
+          if constexpr (std::same_as<std::remove_cvref_t<decltype(q)>, matrix<double>>) all.push_back(q);
+        },
+        stack, g);
+    if (workers == 1) first = all;
+    EXPECT_GT(all.size(), 40U);
+    for (std::size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(all[i] == first[i]) << i << " with " << workers;
+  }
+}
+
 TEST(adaptive_depth, bad_input_is_refused) {
   auto model = make_model<pre_block>(3);
   const auto x = random_matrix(4, features, 2);

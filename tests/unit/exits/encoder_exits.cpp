@@ -6,6 +6,7 @@
 
 #include "lithe/compose/residual.hpp"
 #include "lithe/compose/sequential.hpp"
+#include "lithe/core/parallel_executor.hpp"
 #include "lithe/layers/attention/attention.hpp"
 #include "lithe/layers/feed_forward.hpp"
 #include "lithe/layers/norms.hpp"
@@ -53,6 +54,22 @@ result classify(const model_type& m, matrix_view<const double> x, const encoder_
   result r{matrix<double>(ctx.rows.count(), m.classes()), std::vector<std::int32_t>(static_cast<std::size_t>(ctx.rows.count()))};
   m.classify(x, r.logits, r.exits, rule, ctx);
   return r;
+}
+
+TEST(encoder_exits, same_bits_with_any_number_of_workers) {
+  const batch b;
+  const auto m = make_model();
+  result first;
+  for (const index_t workers : {1, 2, 7}) {
+    const parallel_executor exec(workers);
+    workspace work(exec);
+    context ctx = b.ctx;
+    ctx.exec = &exec;
+    ctx.work = &work;
+    auto r = classify(m, b.x, {.patience = 2}, ctx);
+    if (workers == 1) first = std::move(r);
+    else EXPECT_TRUE(r.logits == first.logits && r.exits == first.exits) << workers;
+  }
 }
 
 TEST(encoder_exits, a_batch_is_its_sequences_one_by_one_and_agrees_with_the_full_pass) {

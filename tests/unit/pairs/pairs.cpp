@@ -1,10 +1,11 @@
 // Every pair of systems in one model of reversible blocks with exits, the model of examples/all_together: it learns, its gradients are right,
-// it is saved, its bits do not depend on workers, and it decodes what the full pass gives. And what does not go together says so.
+// it is saved, its bits do not depend on workers, and it decodes and generates what the full pass gives. And what does not go together says so.
 #include "../../../examples/all_together/trainer.hpp"
 
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include "support/malloc_count.hpp"
 #include "support/matrices.hpp"
 #include "support/same_bits.hpp"
 
@@ -86,10 +87,47 @@ TEST(pairs, gradients_of_every_tensor) {
     // Central differences with h = 1e-5 are good to 1e-10 of numbers of size 1; divided by gradients of down to the checker's floor of 1e-3.
     EXPECT_LT(report.worst(), 5e-6) << name_of(c) << report.where();
     for (const auto& tensor : report.tensors)
-      if (!tensor.name.starts_with("1.exit")) {  // the predictor of exits is no part of the answers
+      if (!tensor.name.starts_with("1.exit")) {  // the predictor of exits is no part of the answers; the next test has it
         EXPECT_GT(tensor.largest, 1e-5) << name_of(c) << tensor.name;
       }
     EXPECT_GT(report.tensors.size(), 20U);
+  }
+}
+
+/// The loss of the predictor of exits, whose targets are what the answers are right about.
+TEST(pairs, gradients_of_the_predictor_of_exits) {
+  for (const model_config& c : pairs()) {
+    auto model = make_model<double>(c);
+    auto& decoder = std::get<1>(model.layers);
+    using decoder_type = std::remove_reference_t<decltype(decoder)>;
+    const matrix<double> x = random(12, decoder.features(), 3);
+    const batch b = sequences(c);
+    const auto wanted = std::span(b.targets).first(12);
+    const auto loss = [&](gradient_of<decoder_type>& g) {
+      exit_training_record<decoder_type> record;
+      matrix<double> dx(12, decoder.features());
+      return aligned_exit_step(decoder, x, nothing{}, wanted, {.alpha = 1, .reduce = reduction::mean}, 0, record, dx, nothing{}, g, {}).exit;
+    };
+    auto g = make_gradient(decoder);
+    (void)loss(g);
+    index_t checked = 0;
+    for_each_tensor(
+        [&](const std::string& name, role, auto& p, const auto& dp) {
+          if constexpr (requires { dp(0, 0); p(0, 0); })
+            for (index_t j = 0; j < p.cols(); j += 5) {
+              const double was = p(0, j), h = 1e-5;
+              auto scrap = make_gradient(decoder);
+              p(0, j) = was + h;
+              const double more = loss(scrap);
+              p(0, j) = was - h;
+              const double less = loss(scrap);
+              p(0, j) = was;
+              EXPECT_NEAR(dp(0, j), (more - less) / (2 * h), 1e-8) << name_of(c) << " " << name;
+              checked += std::abs(dp(0, j)) > 1e-6;
+            }
+        },
+        decoder.halt, g.halt);
+    EXPECT_GT(checked, 3) << name_of(c);
   }
 }
 
@@ -151,6 +189,113 @@ TEST(pairs, decode_what_the_full_pass_gives_whatever_the_exits) {
   }
 }
 
+/// Every way to leave; thresholds between the confidences of models that have learned nothing yet.
+std::vector<exit_rule> rules() {
+  return {{},
+          {.exits = {1}},
+          {.kind = exit_confidence::geometric, .thresholds = {0.5}},
+          {.kind = exit_confidence::max_prob, .thresholds = {0.035}},
+          {.kind = exit_confidence::softmax_diff, .thresholds = {0.004}},
+          {.kind = exit_confidence::entropy, .thresholds = {0.085}, .eager = true},
+          {.kind = exit_confidence::state, .thresholds = {0.0}}};
+}
+
+// Texts of different lengths side by side: what is generated is what the full pass, told the exits, gives to the texts.
+TEST(pairs, generate_what_the_full_pass_gives_by_every_exit_rule_and_with_any_number_of_workers) {
+  const auto tokens = to_tokens(text);
+  std::map<exit_confidence, std::set<std::int32_t>> seen;
+  for (const model_config& c : pairs()) {
+    const model_type model = make_model<double>(c);
+    const auto& [words, decoder] = model.layers;
+    const std::vector<std::vector<token_t>> prompts{{tokens.begin(), tokens.begin() + 2}, {tokens.begin() + 40, tokens.begin() + 45}};
+    const index_t most = has_lsh(c) ? c.window - 5 : 20;
+    for (const exit_rule& rule : rules()) {
+      generation out;
+      std::vector<std::vector<double>> rows[2];
+      for (const int workers : {1, 2}) {
+        const parallel_executor exec(workers);
+        std::vector<std::vector<double>> all[2];
+        const auto g = generate(exit_decoder(words, decoder, {}, rule), prompts, {.how = {.temperature = 0}, .most = most}, {}, {.exec = &exec},
+                                [&](index_t i, std::span<const double> row) { all[i].emplace_back(row.begin(), row.end()); });
+        for (std::size_t i = 0; i < 2; ++i) {
+          EXPECT_TRUE(workers == 1 || (rows[i] == all[i] && out.tokens == g.tokens)) << name_of(c) << " with " << workers << " workers";
+          rows[i] = all[i];
+        }
+        out = g;
+      }
+      for (std::size_t i = 0; i < 2; ++i) {
+        std::vector<token_t> ids = prompts[i];
+        std::vector<std::int32_t> exits(ids.size() - 1, 2);  // prompts go through all blocks but for their last token
+        ids.insert(ids.end(), out.tokens[i].begin(), out.tokens[i].end() - 1);
+        exits.insert(exits.end(), out.exits[i].begin(), out.exits[i].end());
+        seen[rule.kind].insert(out.exits[i].begin(), out.exits[i].end());
+        const auto T = static_cast<index_t>(ids.size());
+        matrix<double> x(T, 32), states(2 * T, 32), full(T, byte_values);
+        record_of<std::remove_cvref_t<decltype(decoder.stack)>> record;
+        record_of<std::remove_cvref_t<decltype(decoder.answers)>> answers;
+        words.forward(ids, x, {});
+        decoder.stack.forward_mixed(x, nothing{}, exits, states, record, {});
+        decoder.answers.forward_mixed(view(states).slice_rows(T, T), exits, full, answers, {});
+        for (index_t n = 0; n < most; ++n) {
+          const index_t t = static_cast<index_t>(prompts[i].size()) - 1 + n;
+          const auto& row = rows[i][static_cast<std::size_t>(n)];
+          index_t best = 0;
+          full.row(t).maxCoeff(&best);
+          EXPECT_EQ(out.tokens[i][static_cast<std::size_t>(n)], best) << name_of(c);
+          EXPECT_LT(difference(Eigen::Map<const matrix<double>>(row.data(), 1, byte_values), full.row(t)), 1e-12 * full.cwiseAbs().maxCoeff()) << name_of(c);
+        }
+      }
+    }
+  }
+  for (const auto& [kind, exits] : seen)
+    EXPECT_EQ(exits.size(), kind == exit_confidence::state ? 1U : 2U) << "confidence " << static_cast<int>(kind);  // a state needs one below it
+}
+
+TEST(pairs, generate_without_allocation) {
+#if !defined(LITHE_COUNTS_MALLOC)
+  GTEST_SKIP() << "malloc is not ours to count here";
+#else
+  const parallel_executor exec(2);
+  workspace work(exec);
+  const context ctx{.exec = &exec, .work = &work};
+  for (const model_config& c : pairs()) {
+    const model_type model = make_model<double>(c);
+    const auto& [words, decoder] = model.layers;
+    const exit_decoder exits(words, decoder, {}, {.kind = exit_confidence::max_prob, .thresholds = {0.035}});
+    generator g(exits, {.capacity = c.context});
+    const std::vector<std::vector<token_t>> prompts{{1, 2, 3}, {4}};
+    const auto steps = [&] {
+      g.start(prompts, rng_key{1}, ctx);
+      g.reserve(c.context);
+      for (int i = 0; i < 10; ++i) g.step(ctx);
+      const long before = mallocs;
+      for (int i = 0; i < 10; ++i) g.step(ctx);
+      return mallocs - before;
+    };
+    steps();
+    EXPECT_EQ(steps(), 0) << name_of(c);
+  }
+#endif
+}
+
+TEST(pairs, one_kind_alone_is_a_type_of_its_own) {
+  model_config c = pairs().front();
+  c.attention = {"lsh", "lsh"};
+  c.feed_forward = {"ultramem", "ultramem"};
+  c.dropout = 0.1;
+  const auto model = make_model<double, lsh_attention<double>, ultra_mem<double>>(c);
+  const auto& part = std::get<0>(std::get<1>(model.layers).stack.blocks[0].blocks[0].parts);
+  EXPECT_EQ(part.inner.config.output_dropout, 0.1);
+  EXPECT_EQ(count_parameters(model), count_parameters(make_model<double>(c)));
+  const auto tokens = to_tokens(text);
+  matrix<double> one(24, byte_values), other(24, byte_values);
+  model.forward(std::span(tokens).first(12), one, {});
+  make_model<double>(c).forward(std::span(tokens).first(12), other, {});
+  EXPECT_TRUE(one == other);
+  c.attention[1] = "local";
+  EXPECT_THROW((make_model<double, lsh_attention<double>, ultra_mem<double>>(c)), config_error);
+}
+
 /// Whether f throws an error of this type whose sentence holds `part`.
 template <class Error, class F>
 void expect_refused(F&& f, const std::string& part) {
@@ -203,6 +348,11 @@ TEST(pairs, that_do_not_go_together_are_refused_in_a_sentence) {
   std::int32_t left = 0;
   expect_refused<config_error>([&] { adaptive_step(decoder, row, nothing{}, answer, {&left, 1}, cache, {.kind = exit_confidence::geometric}, {}); },
                                "the model has no halting head");
+
+  expect_refused<config_error>([&] { (void)exit_decoder(std::get<0>(silent.layers), decoder, {}, {.kind = exit_confidence::geometric}); },
+                               "the model has no halting head");
+  const exit_decoder by_confidence(std::get<0>(silent.layers), decoder, {}, {.kind = exit_confidence::max_prob});
+  expect_refused<config_error>([&] { generator(by_confidence, {.most = 4, .drafts = 2}); }, "no exit rule goes with drafts");
 
   // Kinds, numbers of them, and keys that are not there.
   expect_refused<config_error>([] { parse_config(R"({"attention": ["exact", "lsh"]})"); }, "attention: expected lsh, bucket, local or collaborative, got 'exact'");
