@@ -1,4 +1,4 @@
-// Continues a prompt with a model that train_language_model or train_exits saved: one file holds all that is needed.
+// Continues prompts with a model that train_language_model or train_exits saved: one file holds all that is needed.
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -16,7 +16,8 @@ const std::map<std::string, lithe::exit_confidence> exit_kinds{
     {"entropy", lithe::exit_confidence::entropy},   {"state", lithe::exit_confidence::state}};
 
 struct run_config {
-  std::string path, prompt = "And it came to pass", exit = "full";
+  std::string path, exit = "full", stop;
+  std::vector<std::string> prompts{"And it came to pass"};
   lithe::generator_config text{.how = {.temperature = 0.7}, .most = 400};
   double threshold = 0.9;
   std::uint64_t seed = 1;
@@ -44,13 +45,17 @@ void print_depths(const std::string& prompt, std::span<const token_t> text, std:
 
 template <class Model>
 lithe::generation continued(const Model& model, const run_config& r, const lithe::context& ctx) {
-  const std::string start = r.prompt.empty() ? "\n" : r.prompt;
-  std::vector<std::vector<token_t>> prompts(1);
-  for (const char b : start) prompts[0].push_back(static_cast<unsigned char>(b));
+  std::vector<std::vector<token_t>> prompts;
+  for (const std::string& p : r.prompts) {
+    auto& bytes = prompts.emplace_back();
+    for (const char b : p.empty() ? "\n" : p) bytes.push_back(static_cast<unsigned char>(b));
+  }
   const auto begin = std::chrono::steady_clock::now();
   auto out = lithe::generate(model, prompts, r.text, lithe::rng_key{r.seed}, ctx);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  std::fprintf(stderr, "%.0f bytes/s\n", static_cast<double>(out.tokens[0].size()) / seconds);
+  std::size_t bytes = 0;
+  for (const auto& text : out.tokens) bytes += text.size();
+  std::fprintf(stderr, "%.0f bytes/s\n", static_cast<double>(bytes) / seconds);
   return out;
 }
 
@@ -58,13 +63,15 @@ void run(run_config r, const lithe::context& ctx) {
   const model_config config = read_config(r.path);
   lithe::require<lithe::config_error>(config.objective == "causal", r.path, ": a masked model fills gaps, it cannot continue a prompt");
   r.text.capacity = config.context;
+  for (const char b : r.stop) r.text.stop.push_back(static_cast<unsigned char>(b));
   if (!has_exits(r.path)) {
     lithe::require<lithe::config_error>(r.exit == "full" && r.text.drafts == 0, r.path, ": --exit and --drafts need a model of train_exits");
     language_model model = make_model(config);
     lithe::load_model(r.path, model);
     lithe::prepack(model);
     const auto out = continued(model, r, ctx);
-    std::printf("%s%s\n", r.prompt.c_str(), std::string(out.tokens[0].begin(), out.tokens[0].end()).c_str());
+    for (std::size_t i = 0; i < r.prompts.size(); ++i)
+      std::printf("%s%s\n", r.prompts[i].c_str(), std::string(out.tokens[i].begin(), out.tokens[i].end()).c_str());
     return;
   }
   exit_language_model model = make_exit_model(config);
@@ -72,7 +79,7 @@ void run(run_config r, const lithe::context& ctx) {
   lithe::prepack(model);
   const lithe::exit_rule rule{.kind = exit_kinds.at(r.exit), .thresholds = {r.threshold}};
   const auto out = continued(lithe::exit_decoder(model.words, model.stack, {}, rule), r, ctx);
-  print_depths(r.prompt, out.tokens[0], out.exits[0], config.layers);
+  for (std::size_t i = 0; i < r.prompts.size(); ++i) print_depths(r.prompts[i], out.tokens[i], out.exits[i], config.layers);
   std::fprintf(stderr, "mean exit %.2f of %td blocks", out.mean_exit(), config.layers);
   if (out.drafted > 0) std::fprintf(stderr, "; %td of %td drafts stood", out.accepted, out.drafted);
   std::fprintf(stderr, "\n");
@@ -82,10 +89,11 @@ void run(run_config r, const lithe::context& ctx) {
 
 int main(int argc, char** argv) {
   run_config r;
-  CLI::App app{"Continues a prompt with a saved language model; one with exits shows the depth of every byte."};
+  CLI::App app{"Continues prompts with a saved language model; one with exits shows the depth of every byte."};
   app.add_option("model", r.path, "file saved by train_language_model or train_exits")->required();
-  app.add_option("--prompt", r.prompt)->capture_default_str();
+  app.add_option("--prompt", r.prompts, "given several times: texts side by side")->allow_extra_args(false)->capture_default_str();
   app.add_option("--length", r.text.most, "bytes to generate")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--stop", r.stop, "each of these bytes ends a text");
   app.add_option("--temperature", r.text.how.temperature, "0 = the most likely byte")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--top-k", r.text.how.top_k, "draw from the k most likely bytes; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
   app.add_option("--top-p", r.text.how.top_p, "draw from the fewest bytes that reach this probability")->capture_default_str();

@@ -118,9 +118,6 @@ std::string sample(const Model& model, const model_config& c, const std::string&
                           std::uint64_t seed, const lithe::context& ctx) {
   std::vector<token_t> bytes;
   for (const char b : prompt.empty() ? std::string("\n") : prompt) bytes.push_back(static_cast<unsigned char>(b));
-  lithe::generator<Model> g(model, {.capacity = c.context, .how = how});
-  g.start({&bytes, 1}, lithe::rng_key{seed}, ctx);
-  for (index_t i = 0; i < length; ++i) g.step(ctx);
-  const auto text = g.text(0).subspan(bytes.size());
-  return {text.begin(), text.end()};
+  const auto g = lithe::generate(model, {&bytes, 1}, {.capacity = c.context, .how = how, .most = length}, lithe::rng_key{seed}, ctx);
+  return {g.tokens[0].begin(), g.tokens[0].end()};
 }
