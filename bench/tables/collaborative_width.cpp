@@ -55,7 +55,7 @@ spread spread_of(const std::vector<double>& x) {
 
 tables::table make(const tables::options& o, const context& ctx) {
   const corpus data = shuffled_dictionary();
-  const index_t steps = o.pick<index_t>(3, 4000, 8000), seeds = o.pick<index_t>(2, 2, 5), pieces = o.pick<index_t>(4, 500, 500);
+  const index_t steps = o.pick<index_t>(3, 3200, 8000), seeds = o.pick<index_t>(2, 2, 5), pieces = o.pick<index_t>(4, 500, 500);
   tables::table t{.title = "Key width, shared or divided among the heads",
                   .source = "arXiv 2006.16362, first version, table 2",
                   .question = concat(steps, " steps of ", compressed::batch, " x ", T, " bytes of the bundled pronunciation dictionary, ", layers,

@@ -14,7 +14,7 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
       all.push_back({lithe::concat(c.feed_forward == "flat" ? "flat" : "product", " keys, ", side, "² slots"), c});
     }
   training_config r;
-  r.steps = o.pick<index_t>(5, 300, 1600);
+  r.steps = o.pick<index_t>(5, 600, 1600);
   tables::table t{
       .title = "Product keys against flat keys",
       .source = "arXiv 1907.05242 section 4.6, figure 6",

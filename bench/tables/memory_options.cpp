@@ -10,12 +10,12 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
     c.memory_heads = heads;
     c.top_k = top_k;
     c.batch_norm = batch_norm;
-    return tables::contender{lithe::concat(sub_keys, "² slots, ", heads, " heads, k = ", top_k, batch_norm ? "" : ", no batch norm"), c};
+    return tables::contender{lithe::concat(sub_keys, "² slots, ", heads, heads == 1 ? " head, k = " : " heads, k = ", top_k, batch_norm ? "" : ", no batch norm"), c};
   };
   const std::vector<tables::contender> all{model(64, 4, 16, true),  model(128, 4, 16, true), model(256, 4, 16, true), model(256, 4, 16, false),
                                            model(256, 1, 16, true), model(256, 2, 16, true), model(256, 4, 4, true),  model(256, 4, 32, true)};
   training_config r;
-  r.steps = o.pick<index_t>(5, 300, 1600);
+  r.steps = o.pick<index_t>(5, 1000, 3000);
   tables::table t{
       .title = "Options of a memory layer",
       .source = "arXiv 1907.05242 section 4.6, figures 5, 6, tables 2 to 4",
@@ -23,15 +23,21 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
           lithe::concat(r.steps, " steps of ", r.batch, " x 256 bytes: how much of the table is used on held-out text, and what it is worth."),
       .columns = {"memory", "slots", "heads", "k", "batch norm", "bits per byte", "used %", "KL to uniform", "training tokens/s"},
       .figures = {{.title = "Held-out bits per byte", .x = "memory", .y = "bits per byte"}, {.title = "Slots in use", .x = "memory", .y = "used %"}}};
-  double with = 0, without = 0;
+  struct result {
+    double bits, used;
+  };
+  std::vector<result> of;  // in the order of `all`
   tables::compare(all, r, o, ctx, [&](const tables::contender& c, const tables::outcome& x) {
     const model_config& m = c.config;
     t.row({c.name, m.sub_keys * m.sub_keys, m.memory_heads, m.top_k, m.batch_norm ? "yes" : "no", x.bits_per_byte, x.usage.counted.used,
            x.usage.weighted.kl_to_uniform, x.training_rate});
-    if (m.sub_keys == 256 && m.memory_heads == 4 && m.top_k == 16) (m.batch_norm ? with : without) = x.usage.counted.used;
+    of.push_back({x.bits_per_byte, x.usage.counted.used});
   });
-  t.shown = with > without;
-  t.finding = lithe::concat("With batch norm on the query ", with, " % of the slots are used, without it ", without, " %.");
+  const auto [small, middle, large, no_norm, one_head, two_heads, few_picks, many_picks] = std::tie(of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7]);
+  t.shown = large.used > no_norm.used && large.bits < small.bits && large.bits < one_head.bits && many_picks.bits < few_picks.bits;
+  t.finding = lithe::concat("With batch norm on the query ", large.used, " % of the slots are used, without it ", no_norm.used, " %. Bits per byte: ", small.bits, ", ",
+                            middle.bits, ", ", large.bits, " with 64², 128², 256² slots; ", one_head.bits, ", ", two_heads.bits, ", ", large.bits,
+                            " with 1, 2, 4 heads; ", few_picks.bits, ", ", large.bits, ", ", many_picks.bits, " with k = 4, 16, 32.");
   return t;
 }
 

@@ -65,7 +65,7 @@ outcome train(Model& model, const corpus& data, index_t steps, std::uint64_t see
 
 tables::table make(const tables::options& o, const context& ctx) {
   const corpus data(LITHE_DATA "/kjv_new_testament.txt", T);
-  const index_t steps = o.pick<index_t>(3, 300, 1600);
+  const index_t steps = o.pick<index_t>(3, 700, 1600);
   const std::vector<index_t> depths{3, 6, 12};
   tables::table t{.title = "Reversible blocks against plain ones",
                   .source = "arXiv 2001.04451 section 5, figure 3",

@@ -45,8 +45,9 @@ def commit():
 
 
 def make(program, arguments, output):
-    """Runs one table program; its JSON with command and commit, or None."""
-    target = output / (program.name.removeprefix("table_") + ".json")
+    """Runs one table program; its JSON with the command that repeats it and the commit, or None."""
+    name = program.name.removeprefix("table_")
+    target = output / f"{name}.json"
     command = [str(program), *arguments, "--json", str(target)]
     print(f"== {program.name}", flush=True)
     start = time.time()
@@ -55,7 +56,7 @@ def make(program, arguments, output):
         print(f"== {program.name} FAILED", flush=True)
         return None
     result = json.loads(target.read_text())
-    result["command"] = " ".join([f"{'/'.join(program.parts[-3:])}", *arguments])
+    result["command"] = " ".join(["python3 bench/tables/run.py --only", name, *arguments])
     result["commit"] = commit()
     target.write_text(json.dumps(result, indent=1) + "\n")
     print(f"== {program.name} {time.time() - start:.0f} s", flush=True)
@@ -79,7 +80,10 @@ def draw(result, figure, path):
         axes.axhline(y, linestyle="--", color=colour, label=str(name))
     names = all(isinstance(x, str) for points in lines.values() for x, _ in points)
     for (name, points), colour in zip(lines.items(), COLOURS * 4):
-        if names:
+        if names and min(y for _, y in points) > 0.5 * max(y for _, y in points):  # bars from zero would all look alike
+            axes.plot([y for _, y in points], [x for x, _ in points], "o", color=colour, label=str(name))
+            axes.grid(alpha=0.25)
+        elif names:
             axes.barh([x for x, _ in points], [y for _, y in points], color=colour, label=str(name))
         else:
             points = sorted(points)
@@ -151,7 +155,9 @@ def main():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_const", dest="length", const=["--quick"], default=[])
     length.add_argument("--full", action="store_const", dest="length", const=["--full"])
+    parser.add_argument("--workers", help="threads of each program; default: all processors")
     asked = parser.parse_args()
+    arguments = asked.length + (["--workers", asked.workers] if asked.workers else [])
     output = asked.output or asked.build / "tables"
     output.mkdir(parents=True, exist_ok=True)
     if asked.render:
@@ -166,7 +172,7 @@ def main():
         programs = [p for p in programs if p.name.removeprefix("table_") in asked.only]
     if not programs:
         sys.exit(f"run.py: no table programs in {asked.build}; build them first: cmake --build {asked.build} --target tables")
-    failed = [p.name for p in programs if make(p, asked.length, output) is None]
+    failed = [p.name for p in programs if make(p, arguments, output) is None]
     render(output, output)
     if failed:
         sys.exit(f"run.py: failed: {', '.join(failed)}")
