@@ -47,7 +47,7 @@ outcome decode(const exit_language_model& model, const exit_rule& rule, std::spa
 }
 
 tables::table make(const tables::options& o, const context& ctx) {
-  const index_t blocks = 6, steps = o.pick<index_t>(3, 1200, 3000);
+  const index_t blocks = 6, steps = o.pick<index_t>(3, 1200, 2400);
   const std::vector<token_t> text = read_text(LITHE_DATA "/kjv_new_testament.txt");
   const std::size_t split = text.size() * 95 / 100;
   const auto held_out = std::span(text).subspan(split);

@@ -18,7 +18,7 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
                                            {"3 blocks, memory in the last", model(3, {2})},
                                            {"3 blocks, memory in the first and last", model(3, {0, 2})}};
   training_config r;
-  r.steps = o.pick<index_t>(5, 1100, 4000);
+  r.steps = o.pick<index_t>(5, 1100, 3000);
   tables::table t{.title = "A memory layer against twice the depth",
                   .source = "arXiv 1907.05242 sections 4.4, 4.5, figure 4",
                   .question = lithe::concat(r.steps, " steps of ", r.batch, " x 256 bytes of the bundled text: held-out bits per byte and speed."),

@@ -15,7 +15,7 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
   const std::vector<tables::contender> all{model(64, 4, 16, true),  model(128, 4, 16, true), model(256, 4, 16, true), model(256, 4, 16, false),
                                            model(256, 1, 16, true), model(256, 2, 16, true), model(256, 4, 4, true),  model(256, 4, 32, true)};
   training_config r;
-  r.steps = o.pick<index_t>(5, 1000, 3000);
+  r.steps = o.pick<index_t>(5, 1000, 2000);
   tables::table t{
       .title = "Options of a memory layer",
       .source = "arXiv 1907.05242 section 4.6, figures 5, 6, tables 2 to 4",
