@@ -320,7 +320,7 @@ def main():
     print()
     header = ["case, us a token", *benches, "PyTorch", "ONNX Runtime", "ratio", "target", "of limit", ""]
     print_table([header] + [row(c, samples[c], list(benches), limits) for c in cases])
-    print("\nratio: better peer / Lithe, above 1 is faster. of limit: its multiply-adds and what it must read at the limits above, one after the other.")
+    print("\nratio: better peer / Lithe, above 1 is faster. of limit: its multiply-adds and what it must read at the limits above, one after the other; experts do both at once.")
     for name, peer in peers.items():
         for note in sorted(set(peer.notes.values())):
             print(f"{name}, {note}: {', '.join(case for case in cases if peer.notes.get(case) == note)}")
