@@ -198,7 +198,7 @@ def main():
     local_attention(folder / "attention_local_16384.onnx", 16384)
     for shared in (0, 256):
         heads_attention(folder / f"collaborative_{shared}_512.onnx", 512, shared)
-    for tokens in (1, 64, 512):
+    for tokens in (64, 512):
         ultra_mem(folder / f"ultra_mem_{tokens}.onnx", tokens)
         mixture_of_experts(folder / f"mixture_of_experts_{tokens}.onnx", tokens)
 

@@ -47,7 +47,8 @@ const families = {
   'attention/exact_bidirectional': ({ length }) => [`attention_bidirectional_${length}`, [three(1, length, 256)], [1, length, 256], length],
   'attention/local': ({ length }) => [`attention_local_${length}`, [three(4, length, 64)], [4, length, 64], length],
   'collaborative/forward': ({ length, shared }) => [`collaborative_${shared}_${length}`, [{ x: floats(length, 768) }], [length, 768], length],
-  'mixture_of_experts/forward': ({ tokens }) => [`mixture_of_experts_${tokens}`, repeat(cold(tokens), () => ({ x: floats(tokens, 512) })), [tokens, 512], tokens],
+  'mixture_of_experts/forward': ({ tokens }) => [`mixture_of_experts_${tokens}`,
+    repeat(cold(tokens), () => ({ x: floats(tokens, 512) })), [tokens, 512], tokens],
   'ultra_mem/forward': ({ tokens }) => [`ultra_mem_${tokens}`,
     repeat(cold(tokens), () => ({ x: floats(tokens, 512), values: smallValues() })), [tokens, 512], tokens],
 };

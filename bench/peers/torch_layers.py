@@ -1,4 +1,5 @@
 """The layers that torch_peer.py times, in plain PyTorch, as their papers' code or a common port writes them."""
+import functools
 import math
 
 import torch
@@ -98,7 +99,7 @@ class LshAttention(torch.nn.Module):
 
     def forward(self, x, factors=None, rotations=None):
         batch, length, features = x.shape
-        width, window = features // self.heads, 2 * self.chunk
+        width = features // self.heads
         q = self.query_key(x).view(batch, length, self.heads, width).transpose(1, 2)
         v = self.value(x).view(batch, length, self.heads, width).transpose(1, 2)
         factors = factors or self.buckets(length)
@@ -123,6 +124,11 @@ class LshAttention(torch.nn.Module):
         total = total.flatten(2).gather(2, undo).view(batch, self.heads, self.rounds, length, 1)
         y = ((total - total.logsumexp(2, keepdim=True)).exp() * out).sum(2)
         return self.output(y.transpose(1, 2).reshape(batch, length, features))
+
+
+@functools.lru_cache(maxsize=None)
+def causal_mask(length):
+    return torch.full((length, length), -math.inf).triu(1)
 
 
 class MixtureOfExperts(torch.nn.Module):
@@ -214,8 +220,7 @@ class HeadsAttention(torch.nn.Module):
     def forward(self, x):
         length, k = len(x), self.key(x)
         scores = self.queries(x) @ (k.t() if self.shared else self.split(k).transpose(1, 2))
-        mask = torch.full((length, length), -math.inf).triu(1)
-        return self.output(((scores + mask).softmax(-1) @ self.split(self.value(x))).transpose(0, 1).reshape(length, -1))
+        return self.output(((scores + causal_mask(length)).softmax(-1) @ self.split(self.value(x))).transpose(0, 1).reshape(length, -1))
 
 
 def local_attention(q, k, v, chunk=64):
@@ -244,7 +249,7 @@ class Residual(torch.nn.Module):
             return self.down(F.gelu(h))
         batch, length, features = x.shape
         q, k, v = h.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + torch.full((length, length), -math.inf).triu(1)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + causal_mask(length)
         return self.down((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, features))
 
 
@@ -283,9 +288,9 @@ class Decoder(torch.nn.Module):
         super().__init__()
         linear, norm = torch.nn.Linear, lambda: torch.nn.LayerNorm(features)
         make = lambda: torch.nn.ModuleDict({
-            "norm_1": norm(), "qkv": linear(features, 3 * features), "out": linear(features, features), "norm_2": norm(), "query": linear(features, features),
-            "memory": linear(features, 2 * features), "cross": linear(features, features), "norm_3": norm(), "up": linear(features, hidden),
-            "down": linear(hidden, features)})
+            "norm_1": norm(), "query": linear(features, features), "key_value": linear(features, 2 * features), "out": linear(features, features),
+            "norm_2": norm(), "cross_query": linear(features, features), "memory": linear(features, 2 * features), "cross": linear(features, features),
+            "norm_3": norm(), "up": linear(features, hidden), "down": linear(hidden, features)})
         self.heads, self.blocks = heads, torch.nn.ModuleList(make() for _ in range(blocks))
         self.answers = torch.nn.ModuleList(linear(features, classes) for _ in range(blocks))
 
@@ -305,15 +310,16 @@ class Decoder(torch.nn.Module):
         for t in range(steps):
             h, logits = x.clone(), x.new_empty(batch, self.answers[0].out_features)
             for n, (b, kept, (mk, mv)) in enumerate(zip(self.blocks, cache, memories)):
-                q, *new = b["qkv"](b["norm_1"](h)).chunk(3, -1)
-                for store, row in zip(kept, new):
+                normed = b["norm_1"](h)
+                for store, row in zip(kept, b["key_value"](normed).chunk(2, -1)):
                     store[:, :, t] = row.view(batch, self.heads, -1)
                 rows = (exits[t] > n).nonzero().flatten()
                 if len(rows) == 0:
                     continue
+                rows = rows if len(rows) < batch else slice(None)
                 y = h[rows]
-                y = y + b["out"](self.attend(q[rows], *(store[rows, :, : t + 1] for store in kept)))
-                y = y + b["cross"](self.attend(b["query"](b["norm_2"](y)), mk[rows], mv[rows]))
+                y = y + b["out"](self.attend(b["query"](normed[rows]), *(store[rows, :, : t + 1] for store in kept)))
+                y = y + b["cross"](self.attend(b["cross_query"](b["norm_2"](y)), mk[rows], mv[rows]))
                 y = y + b["down"](F.relu(b["up"](b["norm_3"](y))))
                 h[rows] = y
                 leave = (exits[t] == n + 1).nonzero().flatten()

@@ -10,7 +10,8 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
     c.memory_heads = heads;
     c.top_k = top_k;
     c.batch_norm = batch_norm;
-    return tables::contender{lithe::concat(sub_keys, "² slots, ", heads, heads == 1 ? " head, k = " : " heads, k = ", top_k, batch_norm ? "" : ", no batch norm"), c};
+    return tables::contender{
+        lithe::concat(sub_keys, "² slots, ", heads, heads == 1 ? " head, k = " : " heads, k = ", top_k, batch_norm ? "" : ", no batch norm"), c};
   };
   const std::vector<tables::contender> all{model(64, 4, 16, true),  model(128, 4, 16, true), model(256, 4, 16, true), model(256, 4, 16, false),
                                            model(256, 1, 16, true), model(256, 2, 16, true), model(256, 4, 4, true),  model(256, 4, 32, true)};
@@ -35,8 +36,8 @@ tables::table make(const tables::options& o, const lithe::context& ctx) {
   });
   const auto [small, middle, large, no_norm, one_head, two_heads, few_picks, many_picks] = std::tie(of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7]);
   t.shown = large.used > no_norm.used && large.bits < small.bits && large.bits < one_head.bits && many_picks.bits < few_picks.bits;
-  t.finding = lithe::concat("With batch norm on the query ", large.used, " % of the slots are used, without it ", no_norm.used, " %. Bits per byte: ", small.bits, ", ",
-                            middle.bits, ", ", large.bits, " with 64², 128², 256² slots; ", one_head.bits, ", ", two_heads.bits, ", ", large.bits,
+  t.finding = lithe::concat("With batch norm on the query ", large.used, " % of the slots are used, without it ", no_norm.used, " %. Bits per byte: ",
+                            small.bits, ", ", middle.bits, ", ", large.bits, " with 64², 128², 256² slots; ", one_head.bits, ", ", two_heads.bits, ", ", large.bits,
                             " with 1, 2, 4 heads; ", few_picks.bits, ", ", large.bits, ", ", many_picks.bits, " with k = 4, 16, 32.");
   return t;
 }

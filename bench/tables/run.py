@@ -79,8 +79,10 @@ def draw(result, figure, path):
     for (name, y), colour in zip(levels.items(), COLOURS[::-1] * 4):
         axes.axhline(y, linestyle="--", color=colour, label=str(name))
     names = all(isinstance(x, str) for points in lines.values() for x, _ in points)
+    values = [y for points in lines.values() for _, y in points]
+    alike = values and min(values) > 0.5 * max(values)  # as bars from zero they would all look alike
     for (name, points), colour in zip(lines.items(), COLOURS * 4):
-        if names and min(y for _, y in points) > 0.5 * max(y for _, y in points):  # bars from zero would all look alike
+        if names and alike:
             axes.plot([y for _, y in points], [x for x, _ in points], "o", color=colour, label=str(name))
             axes.grid(alpha=0.25)
         elif names:

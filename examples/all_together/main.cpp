@@ -89,8 +89,9 @@ int run(const run_config& r) {
                                   " bytes of text for a context of ", config.context, ", found ", text.size());
   trainer<model_type> t(config, make_model<float>(config));
   if (!r.resume.empty()) t.resume(r.resume);
+  r.how.check();
   const lithe::exit_rule with_exits{.kind = r.exit, .thresholds = {r.threshold}};
-  (void)lithe::exit_decoder(t.words(), t.decoder(), {}, with_exits);  // a rule that does not fit is refused before training
+  (void)lithe::exit_decoder(t.words(), t.decoder(), {}, with_exits);  // what does not fit is refused before training
   std::printf("%zu reversible blocks, %td exits, %td parameters\n", config.attention.size(), t.decoder().exits(), lithe::count_parameters(t.model));
   for (std::size_t i = 0; i < config.attention.size(); ++i)
     std::printf("  block %zu: %s attention, %s feed-forward\n", i + 1, config.attention[i].c_str(), config.feed_forward[i].c_str());

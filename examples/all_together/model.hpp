@@ -91,7 +91,9 @@ template <class S>
 any_attention<S> make_attention(const model_config& c, const std::string& kind, double output_dropout, lithe::rng_key key) {
   using namespace lithe;
   const token_hash_config hash{.rounds = c.rounds, .buckets = automatic_buckets(bucket_rule::power_of_two, c.context, c.window)};
-  if (kind == "lsh") return lsh_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash, .chunk = c.window, .output_dropout = output_dropout}, key);
+  if (kind == "lsh")
+    return lsh_attention<S>(
+        {.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash, .chunk = c.window, .output_dropout = output_dropout}, key);
   if (kind == "bucket") return bucket_attention<S>({.inputs = c.features, .heads = c.heads, .causal = true, .hash = hash}, key);
   if (kind == "local") return local_attention<S>({.inputs = c.features, .heads = c.heads, .chunk = c.window, .causal = true}, key);
   return collaborative_attention<S>({.inputs = c.features, .heads = c.heads, .key_width = std::max<index_t>(1, c.features / 2), .causal = true}, key);

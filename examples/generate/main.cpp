@@ -46,10 +46,7 @@ void print_depths(const std::string& prompt, std::span<const token_t> text, std:
 template <class Model>
 lithe::generation continued(const Model& model, const run_config& r, const lithe::context& ctx) {
   std::vector<std::vector<token_t>> prompts;
-  for (const std::string& p : r.prompts) {
-    auto& bytes = prompts.emplace_back();
-    for (const char b : p.empty() ? "\n" : p) bytes.push_back(static_cast<unsigned char>(b));
-  }
+  for (const std::string& p : r.prompts) prompts.push_back(to_tokens(p.empty() ? "\n" : p));
   const auto begin = std::chrono::steady_clock::now();
   auto out = lithe::generate(model, prompts, r.text, lithe::rng_key{r.seed}, ctx);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -63,7 +60,7 @@ void run(run_config r, const lithe::context& ctx) {
   const model_config config = read_config(r.path);
   lithe::require<lithe::config_error>(config.objective == "causal", r.path, ": a masked model fills gaps, it cannot continue a prompt");
   r.text.capacity = config.context;
-  for (const char b : r.stop) r.text.stop.push_back(static_cast<unsigned char>(b));
+  r.text.stop = to_tokens(r.stop);
   if (!has_exits(r.path)) {
     lithe::require<lithe::config_error>(r.exit == "full" && r.text.drafts == 0, r.path, ": --exit and --drafts need a model of train_exits");
     language_model model = make_model(config);

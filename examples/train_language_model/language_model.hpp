@@ -104,20 +104,22 @@ inline model_config read_config(const std::filesystem::path& path) {
   }
 }
 
+inline std::vector<token_t> to_tokens(const std::string& text) {
+  std::vector<token_t> out;
+  for (const char c : text) out.push_back(static_cast<unsigned char>(c));
+  return out;
+}
 inline std::vector<token_t> read_text(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   lithe::require<lithe::io_error>(file.good(), path.string(), ": cannot be read");
-  std::vector<token_t> out;
-  for (char c; file.get(c);) out.push_back(static_cast<unsigned char>(c));
-  return out;
+  return to_tokens({std::istreambuf_iterator<char>(file), {}});
 }
 
 /// Continues a prompt byte by byte; the model sees at most its context.
 template <class Model>
 std::string sample(const Model& model, const model_config& c, const std::string& prompt, index_t length, const lithe::sampling& how,
                           std::uint64_t seed, const lithe::context& ctx) {
-  std::vector<token_t> bytes;
-  for (const char b : prompt.empty() ? std::string("\n") : prompt) bytes.push_back(static_cast<unsigned char>(b));
+  const std::vector<token_t> bytes = to_tokens(prompt.empty() ? "\n" : prompt);
   const auto g = lithe::generate(model, {&bytes, 1}, {.capacity = c.context, .how = how, .most = length}, lithe::rng_key{seed}, ctx);
   return {g.tokens[0].begin(), g.tokens[0].end()};
 }
