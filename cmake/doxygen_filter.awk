@@ -1,6 +1,5 @@
 # What Doxygen reads in place of a header. The inline namespace is an answer to linkers, not a name that anybody writes. Members that every layer
-# has are explained once, by the concept; here each gets that explanation. A note behind a member (`// [T x D]`) becomes its docstring, and settings
-# lead to what they are for.
+# has are explained once, by the concept; here each gets that explanation. A note behind a member (`// [T x D]`) becomes its docstring.
 BEGIN {
   said["using scalar"] = "The number type."
   said["struct record"] = "What `backward` needs of a forward (lithe::layer)."
@@ -25,22 +24,20 @@ BEGIN {
 # The name that a line at the depth of members declares, or nothing.
 function declared(line) {
   if (match(line, /^  (using scalar|struct [a-z_]+)/)) return substr(line, 3, RLENGTH - 2)
+  if (line ~ /^  static constexpr bool looks_across /) return "looks_across"
   if (line ~ /^  [a-z\[][^(=]*[ >&*][a-z_]+\(/ && match(line, /[a-z_]+\(/)) return substr(line, RSTART, RLENGTH)
-  if (line ~ /^  .*looks_across/) return "looks_across"
   return ""
 }
 FILENAME !~ /\.hpp$/ { print; next }
 {
   sub(/namespace lithe::inline LITHE_ABI/, "namespace lithe")
-  if ($0 ~ /^  +[A-Za-z].*; +\/\/ / && $0 !~ /\/\/\//) sub(/\/\/ /, "///< ")
+  # Bodies of functions begin at a line of members that is no type and ends in a brace.
+  if (body == "" && match($0, /^ */) && $0 ~ /\) (const |noexcept )*\{$|\) *: .*\{$|^ +: .*\{$/) body = substr($0, 1, RLENGTH)
+  if (body == "" && $0 ~ /^  +[A-Za-z].*; +\/\/ / && $0 !~ /\/\/\//) sub(/\/\/ /, "///< ")
+  if (body != "" && $0 ~ "^" body "\\}") body = ""
   if ($0 ~ /^  template/ && before !~ /^ *\/\/\//) {
     held = $0  # its docstring stands in front of it
     next
-  }
-  if (match($0, /^struct [a-z_]+_(config|options) \{/) && before !~ /^ *\/\/\//) {
-    layer = substr($0, 8, RLENGTH - 9)
-    sub(/_(config|options)$/, "", layer)
-    print "/// Settings of lithe::" layer "."
   }
   name = declared($0)
   if (name in said && before !~ /^ *(\/\/\/|template)/) print "  /// " said[name]

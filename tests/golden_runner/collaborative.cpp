@@ -167,12 +167,8 @@ void run_collaborative_layer(golden_case<S>& c) {
 template <class S>
 void run_decomposition(golden_case<S>& c, const attention<S>& before, index_t rank) {
   collaborative_attention<S> made;
-  decomposition_options o{.rank = rank, .max_sweeps = c.config.at("n_iter_max"), .tolerance = c.config.at("tol")};
-  // The recorded error is that of one random start, which may have been lucky: more starts and sweeps than are usual.
-  decomposition_options thorough = o;
-  thorough.max_sweeps *= 10;
-  thorough.restarts = 24;
-  const decomposition ours = reparametrise(before, made, thorough);
+  decomposition_options o{.rank = rank, .max_sweeps = c.config.at("n_iter_max"), .tolerance = c.config.at("tol"), .restarts = 4};
+  decomposition ours = reparametrise(before, made, o);
   c.compare("param.after.content_bias.weight", matrix_view<const S>(made.content_bias.weight));
   c.compare("param.after.value.weight", matrix_view<const S>(made.value.weight));
   if (!c.has("cp.tensor")) {  // copied, not iterated
@@ -183,6 +179,12 @@ void run_decomposition(golden_case<S>& c, const attention<S>& before, index_t ra
     return;
   }
   const double recorded = c.file.template read<double>("cp.relative_error")[0];
+  if (ours.error() > 1.05 * recorded) {  // the recorded error is that of one random start, and it was a lucky one: more starts and sweeps
+    decomposition_options thorough = o;
+    thorough.max_sweeps *= 10;
+    thorough.restarts = 24;
+    ours = reparametrise(before, made, thorough);
+  }
   if (!(ours.error() <= 1.05 * recorded)) c.failures.push_back(concat("decomposed to an error of ", ours.error(), ", recorded ", recorded));
   // The recorded sweeps again, from the recorded start.
   const key_query_factors start{c.file.template read_matrix<double>("random.cp_init.WQ_shared").transpose(),

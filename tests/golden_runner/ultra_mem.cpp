@@ -112,7 +112,8 @@ void compare_rank_loss(golden_case<S>& g, const std::string& unit, const ultra_m
   if (const std::string name = "aux." + unit + "tucker_rank_loss"; g.has(name)) g.compare(name, std::vector<double>{loss});
   const index_t rows = l.config.heads * l.config.rank;
   for (index_t c = 0; c < l.config.cores; ++c)
-    if (const std::string name = concat("grad.aux.", unit, "tucker_core.", c); g.has(name)) g.compare(name, view(std::as_const(cores)).slice_rows(c * rows, rows));
+    if (const std::string name = concat("grad.aux.", unit, "tucker_core.", c); g.has(name))
+      g.compare(name, view(std::as_const(cores)).slice_rows(c * rows, rows));
 }
 
 template <class S>

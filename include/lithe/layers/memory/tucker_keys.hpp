@@ -12,8 +12,8 @@
 namespace lithe::inline LITHE_ABI {
 
 /// Which part of the query is scored with the keys of an axis and rank. Shared (UltraMem): [axis], for all ranks. Per rank (UltraMemV2):
-/// [axis][rank]. Released: [2][axis] as in the authors' code of UltraMemV2, where heads 0 and 1 read the first half, 2 and 3 the second. Ascend: [axis][2] as in
-/// TRC-HPC's code, which reads the first of both. The last two are for imports of rank 2.
+/// [axis][rank]. Released: [2][axis] as in the authors' code of UltraMemV2, where heads 0 and 1 read the first half, 2 and 3 the second.
+/// Ascend: [axis][2] as in TRC-HPC's code, which reads the first of both. The last two are for imports of rank 2.
 enum class tucker_query { shared, per_rank, released, ascend };
 
 struct tucker_keys_config {
