@@ -87,7 +87,8 @@ tables::table make(const tables::options& o, const context& ctx) {
                   .source = "arXiv 2006.16362 section 4",
                   .question = concat("One layer of ", D, " features and ", H, " heads at r = ", r, ": error, sweeps, seconds on ", o.workers,
                                      " threads, peak memory so far."),
-                  .columns = {"method", "start", "error of the start", "error", "sweeps", "seconds", "peak MB"}};
+                  .columns = {"method", "start", "error of the start", "error", "sweeps", "seconds", "peak MB"},
+                  .figures = {{.title = "Relative error of the products of queries and keys", .x = "method", .y = "error", .by = "start"}}};
   double best_seconds = 0, best_error = 1;
   const auto run = [&](const char* method, const char* start, decomposition_options options) {
     tables::progress(concat(method, ", ", start), static_cast<double>(t.rows.size()) / 6);

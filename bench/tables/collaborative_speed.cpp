@@ -41,7 +41,14 @@ tables::table make(const tables::options& o, const context& ctx) {
       .title = "Collaborative heads against plain, multi-query and grouped-query heads",
       .source = "arXiv 2006.16362 section 3",
       .question = concat("An encoder of ", layers, " BERT-base layers, milliseconds a sequence; and one decoded token of one attention layer."),
-      .columns = {"task", "tokens", "heads", "milliseconds", "of plain", "break-even tokens", "bytes cached a token"}};
+      .columns = {"task", "tokens", "heads", "milliseconds", "of plain", "break-even tokens", "bytes cached a token"},
+      .figures = {{.title = "An encoder's time over that of plain heads", .x = "tokens", .y = "of plain", .by = "heads", .only = "encoder", .log_x = true},
+                  {.title = "A decoded token's time over that of plain heads",
+                   .x = "tokens",
+                   .y = "of plain",
+                   .by = "heads",
+                   .only = "decoding",
+                   .log_x = true}}};
 
   // All contenders of a length in turn, again and again; the best time of each.
   struct contender {

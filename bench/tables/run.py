@@ -80,9 +80,9 @@ def draw(result, figure, path):
         axes.axhline(y, linestyle="--", color=colour, label=str(name))
     names = all(isinstance(x, str) for points in lines.values() for x, _ in points)
     values = [y for points in lines.values() for _, y in points]
-    alike = values and min(values) > 0.5 * max(values)  # as bars from zero they would all look alike
+    dots = figure["by"] or min(values, default=0) > 0.5 * max(values, default=0)  # bars would cover each other, or all look alike
     for (name, points), colour in zip(lines.items(), COLOURS * 4):
-        if names and alike:
+        if names and dots:
             axes.plot([y for _, y in points], [x for x, _ in points], "o", color=colour, label=str(name))
             axes.grid(alpha=0.25)
         elif names:
