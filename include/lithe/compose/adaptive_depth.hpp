@@ -17,6 +17,7 @@ template <class Block, class Norm = layer_norm<typename Block::scalar>>
 struct adaptive_depth {
   using scalar = typename Block::scalar;
   using S = scalar;
+  /// The kind of block that the stack is made of.
   using block_type = Block;
   using memory = detail::memory_of<Block>;
   using memory_gradient = detail::memory_gradient_of<Block>;
@@ -41,7 +42,7 @@ struct adaptive_depth {
   halting_head<S> meta;  ///< empty unless wanted
 
   [[nodiscard]] index_t exits() const { return stack.exits(); }
-  [[nodiscard]] index_t features() const { return answers.classifiers.front().weight.cols(); }
+  [[nodiscard]] index_t features() const { return answers.classifiers.front().weight.cols(); }  ///< D, the width of the states
 
   /// Throws config_error unless classifiers and halting distribution have as many exits as the stack.
   void check() const {

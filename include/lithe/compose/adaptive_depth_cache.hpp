@@ -59,8 +59,11 @@ struct adaptive_cache {
   index_t capacity = 0;
   index_t projected = 0, visited = 0;  ///< rows of keys and values made, rows that went through a block
 
+  /// How many sequences there is room for.
   [[nodiscard]] index_t slots() const { return static_cast<index_t>(length.size()); }
+  /// The exit states of positions t .. t + n - 1 of a slot, [n x D].
   [[nodiscard]] matrix_view<S> state(index_t slot, index_t t, index_t n) { return matrix_view<S>(states).slice_rows(slot * capacity + t, n); }
+  /// How many positions of a slot block n, from 1, has the keys and values of.
   [[nodiscard]] index_t& filled_to(index_t n, index_t slot) { return filled[static_cast<std::size_t>(n - 1)][static_cast<std::size_t>(slot)]; }
 };
 

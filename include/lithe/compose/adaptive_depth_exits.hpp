@@ -41,6 +41,7 @@ struct exit_classifiers {
   std::vector<double> gradient_scales;  ///< N numbers gₙ, or none: backward multiplies what exit n sends back to hⁿ by gₙ
 
   exit_classifiers() = default;
+  /// The classifiers' weights start at N(0, 1/√features). Throws config_error without an exit or a classifier.
   exit_classifiers(exit_classifiers_config c, rng_key key) : exits(c.exits) {
     require<config_error>(c.exits >= 1, "exit_classifiers: expected at least 1 exit, got ", c.exits);
     require<config_error>(c.classifier != exit_sharing::none, "exit_classifiers: expected shared or independent classifiers, got none");
@@ -52,6 +53,7 @@ struct exit_classifiers {
     }
   }
   [[nodiscard]] index_t classes() const { return classifiers.front().weight.rows(); }
+  /// Whether one classifier, and one norm or none, serves all exits.
   [[nodiscard]] bool alike() const { return norms.size() <= 1 && classifiers.size() == 1; }
 
   void prepare(gradient& g) const {

@@ -63,10 +63,13 @@ struct exit_rule {
                           "exit_rule: expected a longest output of at least 1 and a finite temperature, got ", longest, " and ", temperature);
     for (const auto n : exits) require<config_error>(n >= 1 && n <= N, "exit_rule: expected exits from 1 to ", N, ", got ", n);
   }
+  /// Whether a token may leave after block n < N, from 1.
   [[nodiscard]] bool allowed(index_t n) const { return n >= first && (n - first) % interval == 0 && (kind != exit_confidence::state || n >= 2); }
+  /// λ of exit n, from 1, for output position t, after the decay.
   [[nodiscard]] double threshold(index_t n, index_t t) const {
     return decayed_threshold(decay, thresholds.size() == 1 ? thresholds[0] : thresholds[static_cast<std::size_t>(n - 1)], temperature, t, longest);
   }
+  /// Whether the confidence is computed from the logits of an exit.
   [[nodiscard]] bool reads_logits() const {
     return kind == exit_confidence::max_prob || kind == exit_confidence::softmax_diff || kind == exit_confidence::entropy;
   }

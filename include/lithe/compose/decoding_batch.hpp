@@ -86,6 +86,7 @@ class decoding_batch {
     else
       return 0;
   }
+  /// Puts a token behind the text of a slot, and keeps the exit that gave it if the model has exits.
   void append(index_t slot, token_t token, std::int32_t exit) {
     texts_[static_cast<std::size_t>(slot)].push_back(token);
     if constexpr (exit_decoding<Model>) exits_[static_cast<std::size_t>(slot)].push_back(exit);
@@ -138,16 +139,22 @@ class decoding_batch {
     model_->truncate(cache_, slot, static_cast<index_t>(count));
   }
 
+  /// How many texts there are, live or not.
   [[nodiscard]] index_t slots() const { return static_cast<index_t>(texts_.size()); }
+  /// How many rows the next step has: the live texts.
   [[nodiscard]] index_t rows() const { return static_cast<index_t>(live.size()); }
   [[nodiscard]] index_t classes() const { return logits_.cols(); }
+  /// Prompt and continuation of a slot.
   [[nodiscard]] std::span<const token_t> text(index_t slot) const { return texts_[static_cast<std::size_t>(slot)]; }
+  /// The exit of each token behind the prompt; empty for a model without exits.
   [[nodiscard]] std::span<const std::int32_t> exits(index_t slot) const { return exits_[static_cast<std::size_t>(slot)]; }
   /// The text behind the prompt.
   [[nodiscard]] std::span<const token_t> continuation(index_t slot) const {
     return text(slot).subspan(prompt_lengths_[static_cast<std::size_t>(slot)]);
   }
+  /// What the model remembers of all slots.
   [[nodiscard]] typename Model::cache& cache() { return cache_; }
+  /// What the model remembers of all slots.
   [[nodiscard]] const typename Model::cache& cache() const { return cache_; }
 
   std::vector<index_t> live;  ///< the slots that take part, in the order of the rows

@@ -61,6 +61,7 @@ struct encoder_exits {
   std::vector<linear<S>> classifiers;  ///< N
 
   encoder_exits() = default;
+  /// Poolers and classifiers start as `linear`. Throws config_error unless there are as many exits as blocks.
   encoder_exits(adaptive_stack<Block> blocks, encoder_exits_config c, rng_key key) : stack(std::move(blocks)) {
     require<config_error>(c.exits == stack.exits(), "encoder_exits: expected as many exits as blocks, ", stack.exits(), ", got ", c.exits);
     for (index_t n = 0; n < (c.shared_pooler ? 1 : c.exits); ++n)

@@ -17,6 +17,7 @@ class exit_decoder {
  public:
   using scalar = typename Block::scalar;
   using S = scalar;
+  /// What the blocks read beside the tokens: a `memory_view`, or `nothing`.
   using memory_type = detail::memory_of<Block>;
   struct cache {
     cache_of<Embed> tokens;
@@ -24,6 +25,7 @@ class exit_decoder {
     std::vector<std::int32_t> exits;  ///< of the rows of the last step
   };
 
+  /// Embedding and model must outlive the decoder, and so must the rows of the memory.
   exit_decoder(const Embed& embed, const adaptive_depth<Block, Norm>& model, memory_type memory = {}, exit_rule rule = {})
       : embed_(&embed), model_(&model), memory_(memory), rule_(std::move(rule)) {
     detail::check_rule(model, rule_);
@@ -32,7 +34,7 @@ class exit_decoder {
   [[nodiscard]] index_t exits() const { return model_->exits(); }
   /// Whether every row goes through all blocks.
   [[nodiscard]] bool full_depth() const { return rule_.kind == exit_confidence::fixed && rule_.exits.empty(); }
-  [[nodiscard]] index_t features() const { return model_->features(); }
+  [[nodiscard]] index_t features() const { return model_->features(); }  ///< D, the width of the states
   [[nodiscard]] shape output_shape(std::span<const token_t> ids) const { return {static_cast<index_t>(ids.size()), model_->answers.classes()}; }
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {

@@ -30,6 +30,7 @@ struct generation {
       for (const auto n : text) ++counts[static_cast<std::size_t>(n - 1)];
     return counts;
   }
+  /// The mean exit over all tokens; 0 if there are none.
   [[nodiscard]] double mean_exit() const {
     double sum = 0, count = 0;
     for (const auto& text : exits)
@@ -126,7 +127,9 @@ class generator {
     return keep_going();
   }
 
+  /// How many texts are not over.
   [[nodiscard]] index_t live() const { return batch_.rows(); }
+  /// Prompt and continuation of text i.
   [[nodiscard]] std::span<const token_t> text(index_t i) const { return batch_.text(i); }
   /// Of a model with exits: the exit of each token behind the prompt of text i.
   [[nodiscard]] std::span<const std::int32_t> exits(index_t i) const { return batch_.exits(i); }

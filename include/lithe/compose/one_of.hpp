@@ -24,6 +24,7 @@ struct one_of {
   std::variant<B...> value;
 
   one_of() = default;
+  /// A block of that kind.
   template <class T>
     requires(std::same_as<T, B> || ...)
   one_of(T kind) : value(std::move(kind)) {}  // implicit: a block stands where any of the kinds may

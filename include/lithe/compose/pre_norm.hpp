@@ -34,6 +34,7 @@ struct pre_norm {
   dropout<S> drop;
 
   pre_norm() = default;
+  /// Throws config_error for a dropout rate outside [0, 1], or above 0 if the inner layer is a `fused_part`.
   pre_norm(Norm norm_, Inner inner_, double dropout_rate = 0) : norm(std::move(norm_)), inner(std::move(inner_)), drop(dropout_rate) {
     require<config_error>(!fused_part<Inner> || dropout_rate == 0, "pre_norm: this inner layer drops its output itself; give it the rate of ", dropout_rate);
   }
@@ -64,6 +65,7 @@ struct pre_norm {
     norm.forward(x, h, ctx.child(0));
     inner.add_to(h, y, r.inner, ctx.child(1));
   }
+  /// y -= f(x), dx += f'(x)ᵀ dy, g is added to, with the choices of the record (lithe::fused_part).
   void reverse(matrix_view<const S> x, matrix_view<S> y, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                const context& ctx) const requires fused_part<Inner> {
     const scratch<S> h(ctx, x.rows(), x.cols()), dh(ctx, x.rows(), x.cols());

@@ -41,6 +41,7 @@ struct reversible {
   index_t chunk = 0;
 
   reversible() = default;
+  /// The parts in their order; throws config_error for a chunk below 0.
   explicit reversible(F... f, index_t chunk_ = 0) : parts(std::move(f)...), chunk(chunk_) {
     require<config_error>(chunk >= 0, "reversible: expected a chunk of 0 (all) or more rows, got ", chunk);
   }

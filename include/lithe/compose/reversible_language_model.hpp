@@ -21,7 +21,9 @@ struct reversible_language_model {
   using S = scalar;
   using input_type = std::span<const token_t>;
   using input_gradient_type = nothing;
+  /// What turns [e | e] into [y₁ | y₂].
   using stack_type = reversible_stack<Block>;
+  /// What turns [y₁ | y₂] into logits.
   using head_type = sequential<layer_norm<S>, dropout<S>, linear<S>>;
   struct record {
     record_of<stack_type> blocks;
@@ -70,7 +72,7 @@ struct reversible_language_model {
 
   // The steps of a forward and a backward pass, for those that must not hold more than the streams and their gradients.
   static constexpr std::uint64_t block_child = 2, head_child = 3;
-  [[nodiscard]] index_t features() const { return words.weight.cols(); }
+  [[nodiscard]] index_t features() const { return words.weight.cols(); }  ///< D, the width of one stream
   /// xy [T x 2D] = [e | e].
   void embed(input_type ids, matrix_view<S> xy, const context& ctx) const {
     const auto [e, with_positions] = streams(xy);

@@ -17,6 +17,7 @@ struct sequential {
   static_assert(sizeof...(L) > 0, "lithe: a sequential needs at least one layer.");
   static_assert((explain_layer<L>() && ...));
   static_assert(detail::only_first_takes_tokens<L...>, "lithe: only the first layer of a sequential may take tokens.");
+  /// The layer that reads x.
   using first = std::tuple_element_t<0, std::tuple<L...>>;
   using scalar = typename first::scalar;
   using S = scalar;
@@ -36,6 +37,7 @@ struct sequential {
   std::tuple<L...> layers;
 
   sequential() = default;
+  /// The layers in the order in which they run.
   explicit sequential(L... l) : layers(std::move(l)...) {}
 
   shape output_shape(input_type x) const { return shape_from<1>(std::get<0>(layers).output_shape(x)); }

@@ -140,6 +140,7 @@ struct tapped_block {
 /// A unit reads the tap of block `read`, its output joins after block `join`; both from 0.
 struct skip_range {
   index_t read = 0, join = 0;
+  /// Whether both read and join at the same blocks.
   friend bool operator==(const skip_range&, const skip_range&) = default;
 };
 

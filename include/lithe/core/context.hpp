@@ -42,6 +42,7 @@ struct context {
     if (!mask.empty()) c.mask = mask.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
     return c;
   }
+  /// The cache slot of a sequence of this call.
   [[nodiscard]] index_t slot(index_t sequence) const {
     return slots.empty() ? sequence : slots[static_cast<std::size_t>(sequence)];
   }

@@ -15,12 +15,13 @@ class function_ref;
 template <class R, class... A>
 class function_ref<R(A...)> {
  public:
+  /// Refers to f, which must outlive the reference.
   template <class F>
     requires(!std::is_same_v<std::remove_cvref_t<F>, function_ref> && std::is_invocable_r_v<R, F&, A...>)
   function_ref(F&& f)  // implicit, as for std::function: a lambda is written where the argument stands
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, A... a) -> R { return (*static_cast<std::remove_reference_t<F>*>(object))(a...); }) {}
-  R operator()(A... a) const { return call_(object_, a...); }
+  R operator()(A... a) const { return call_(object_, a...); }  ///< calls f
 
  private:
   void* object_;
@@ -31,6 +32,7 @@ class function_ref<R(A...)> {
 /// same pieces, so equal calls give equal bits with any number of workers.
 class executor {
  public:
+  /// What runs a piece of a loop, first .. last - 1.
   using body = function_ref<void(index_t first, index_t last)>;
 
   executor() = default;

@@ -62,6 +62,7 @@ class parallel_executor final : public executor {
     struct alignas(64) share {
       std::atomic<std::uint64_t> left{0};
 
+      /// Takes the pieces first .. last - 1; equal numbers leave nothing.
       void set(index_t first, index_t last) {
         left.store(static_cast<std::uint64_t>(first) << 32 | static_cast<std::uint64_t>(last), std::memory_order_relaxed);
       }

@@ -21,6 +21,7 @@ struct rng_key {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
     return {z ^ (z >> 31)};
   }
+  /// Equal keys draw equal numbers.
   friend bool operator==(const rng_key&, const rng_key&) = default;
 };
 

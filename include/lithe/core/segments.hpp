@@ -11,8 +11,11 @@ namespace lithe::inline LITHE_ABI {
 struct segments {
   std::span<const index_t> offsets{};
 
+  /// How many sequences there are.
   [[nodiscard]] index_t count() const { return offsets.empty() ? 1 : static_cast<index_t>(offsets.size()) - 1; }
+  /// The first row of sequence i.
   [[nodiscard]] index_t begin(index_t i) const { return offsets.empty() ? 0 : offsets[static_cast<std::size_t>(i)]; }
+  /// The row behind the last of sequence i; `rows` is how many there are in all.
   [[nodiscard]] index_t end(index_t i, index_t rows) const {
     return offsets.empty() ? rows : offsets[static_cast<std::size_t>(i) + 1];
   }

@@ -22,6 +22,7 @@ namespace lithe::inline LITHE_ABI {
 /// A regular file open for reading at any position; reading is const and safe from several threads. Throws io_error.
 class input_file {
  public:
+  /// Opens a file; throws io_error unless it is a regular one that can be read.
   explicit input_file(std::filesystem::path path) : path_(std::move(path)) {
     // a FIFO in place of the file must not block before fstat can refuse it
     descriptor_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
@@ -34,13 +35,16 @@ class input_file {
     }
     size_ = static_cast<std::uint64_t>(status.st_size);
   }
+  /// Takes over the open file; `other` can only be destroyed then.
   input_file(input_file&& other) noexcept : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)), size_(other.size_) {}
   input_file& operator=(input_file&&) = delete;
   ~input_file() {
     if (descriptor_ >= 0) ::close(descriptor_);
   }
 
+  /// The path that it was opened at.
   [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+  /// Its bytes when it was opened.
   [[nodiscard]] std::uint64_t size() const { return size_; }
 
   /// Fills [out, out + bytes) from `offset` on.
@@ -67,6 +71,7 @@ class input_file {
 /// and renames it over the old one. Destroyed before that, it removes the temporary and the old file is as it was. Throws io_error.
 class atomic_file {
  public:
+  /// Creates the temporary beside `path`, or beside what a link there names; throws io_error if it cannot, or would replace no regular file.
   explicit atomic_file(const std::filesystem::path& path) : path_(path) {
     std::error_code ignored;
     if (std::filesystem::is_symlink(path_, ignored)) path_ = std::filesystem::weakly_canonical(path_);  // replaces what the link names
@@ -89,6 +94,7 @@ class atomic_file {
     ::unlink(temporary_.c_str());
   }
 
+  /// Appends to the temporary; throws io_error if the disk refuses it.
   void write(const void* data, std::size_t bytes) {
     const auto* from = static_cast<const char*>(data);
     if (buffer_.size() + bytes > buffer_bytes) flush();
@@ -101,6 +107,7 @@ class atomic_file {
   /// The bytes written so far.
   [[nodiscard]] std::uint64_t size() const { return size_; }
 
+  /// Puts the file in its place, with all that was written; nothing can be written after it. Throws io_error.
   void commit() {
     flush();
     if (::fsync(descriptor_) != 0) fail("cannot be flushed to the disk");

@@ -13,6 +13,7 @@ namespace lithe::inline LITHE_ABI {
 /// and layout agree. Reading is const and safe from several threads. Throws io_error that names file, tensor, expected and found.
 class safetensors_file {
  public:
+  /// Opens a file, or the shards of an index (".json"). Throws io_error for what cannot be read or contradicts itself.
   explicit safetensors_file(const std::filesystem::path& path) : path_(path) {
     if (path.extension() == ".json")
       open_index();
@@ -20,7 +21,9 @@ class safetensors_file {
       open_shard(path);
   }
 
+  /// The file or index that was opened.
   [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+  /// The strings beside the tensors; if shards disagree, the first one's.
   [[nodiscard]] const metadata_map& metadata() const { return metadata_; }
   /// Ascending.
   [[nodiscard]] std::vector<std::string> names() const {
@@ -28,7 +31,9 @@ class safetensors_file {
     for (const auto& [name, where] : tensors_) all.push_back(name);
     return all;
   }
+  /// Whether there is a tensor of this name.
   [[nodiscard]] bool contains(const std::string& name) const { return tensors_.contains(name); }
+  /// Type, shape and place of a tensor; throws io_error if there is none of this name.
   [[nodiscard]] const tensor_info& info(const std::string& name) const { return *find(name).info; }
 
   /// All numbers of a tensor, row-major. T: double, float, int64, int32 or uint8. Numbers become floating-point with rounding;

@@ -27,11 +27,13 @@ struct tensor_info {
 
   /// As a matrix: the last dimension is the columns, all others are rows; a vector is one row, a scalar is [1 x 1].
   [[nodiscard]] index_t cols() const { return shape.empty() ? 1 : shape.back(); }
+  /// The product of all dimensions but the last.
   [[nodiscard]] index_t rows() const {
     index_t n = 1;
     for (std::size_t i = 0; i + 1 < shape.size(); ++i) n *= shape[i];
     return n;
   }
+  /// How many numbers it has.
   [[nodiscard]] index_t size() const { return rows() * cols(); }
 };
 

@@ -51,6 +51,7 @@ class state_writer {
  public:
   metadata_map metadata;
 
+  /// All tensors of a model by their names. Throws config_error for a name that begins with "training." or comes twice.
   template <class L>
   void add_model(const L& model) {
     for_each_tensor(
@@ -66,6 +67,7 @@ class state_writer {
   void add_training(const std::string& name, T& state) {
     add(training_prefix + name, state);
   }
+  /// Writes all that was added; a failure throws io_error and leaves an older file as it was.
   void write(const std::filesystem::path& path) {
     file_.metadata = metadata;
     file_.metadata["lithe.format"] = state_format;
@@ -112,8 +114,10 @@ class state_reader {
   state_reader(const state_reader&) = delete;  // what `load` will do refers to this reader
   state_reader& operator=(const state_reader&) = delete;
 
+  /// What is read from.
   [[nodiscard]] const safetensors_file& file() const { return file_; }
 
+  /// Has `load` write the tensors of a model. Throws io_error for one that is missing or does not fit, state_error for one that comes twice.
   template <class L>
   void add_model(L& model) {
     for_each_tensor(
@@ -131,6 +135,7 @@ class state_reader {
     add(training_prefix + name, state);
   }
 
+  /// Writes what was asked for. Throws io_error, before anything is written, if a strict file holds more.
   void load() {
     if (strict_)
       for (const std::string& name : file_.names())

@@ -23,6 +23,7 @@ void softmax_row_dots(matrix_view<const S> output_gradient, matrix_view<const S>
 template <class S>
 class key_gradient_tile {
  public:
+  /// Room for one tile of keys of D = key_width and values of V = value_width numbers.
   key_gradient_tile(const context& ctx, index_t key_width, index_t value_width)
       : D_(key_width),
         V_(value_width),
@@ -50,6 +51,7 @@ class key_gradient_tile {
     load_keys(k, scale);
     load_values(v);
   }
+  /// The keys alone, [N x D]; their gradient starts at zero. `load_values` comes behind it.
   void load_keys(matrix_view<const S> k, S scale) {
     LITHE_ASSERT(k.rows() <= attention_keys);
     count_ = k.rows();
@@ -58,6 +60,7 @@ class key_gradient_tile {
     detail::tile::pack_scaled_transposed(k, keys_transposed_.data(), scale);
     dk_.map().setZero();
   }
+  /// The values alone, [N x V] for the keys that were loaded; their gradient starts at zero.
   void load_values(matrix_view<const S> v) {
     LITHE_ASSERT(v.rows() == count_);
     detail::tile::pack_scaled_transposed(v, values_transposed_.data(), S(1));
@@ -107,10 +110,12 @@ class key_gradient_tile {
     finish_keys(dk);
     finish_values(dv);
   }
+  /// Writes the gradient of the keys, dk [N x D].
   void finish_keys(matrix_view<S> dk) const {
     for (index_t i = 0; i < count_; ++i)
       for (index_t j = 0; j < D_; ++j) dk(i, j) = scale_ * dk_.row(i)[j];
   }
+  /// Writes the gradient of the values, dv [N x V].
   void finish_values(matrix_view<S> dv) const {
     for (index_t i = 0; i < count_; ++i) std::copy_n(dv_.row(i), V_, dv.row(i));
   }

@@ -182,9 +182,12 @@ void pack_scaled_transposed(matrix_view<const S> source, S* to, S scale) {
 /// `collect(i, first, n, gradient)`: what backward found for those scores, and may change. A mask that drops weights behind the softmax
 /// also has `drop(i, first, n, factors)`: whether it does, and if so what the weights of those keys are multiplied with.
 struct see_all {
+  /// Without end: all keys are seen.
   [[nodiscard]] index_t visible(index_t) const { return std::numeric_limits<index_t>::max(); }
+  /// Leaves the scores as they are.
   template <class S>
   void adjust(index_t, index_t, index_t, S*) const {}
+  /// Leaves the gradients of the scores as they are.
   template <class S>
   void collect(index_t, index_t, index_t, const S*) const {}
 };
@@ -209,6 +212,7 @@ void scale_by(S* a, const S* b, index_t n) {
 template <class S>
 class key_tile {
  public:
+  /// Room for attention_keys keys of D = key_width and values of V = value_width numbers.
   key_tile(const context& ctx, index_t key_width, index_t value_width)
       : keys_(ctx, key_width, attention_keys), values_(ctx, attention_keys, detail::tile::round_up<S>(value_width)) {}
 
@@ -219,8 +223,11 @@ class key_tile {
     detail::tile::pack_scaled_transposed(k, keys_.data(), scale);
     detail::tile::pad_rows(v, values_.data());
   }
+  /// N, the keys that were loaded last.
   [[nodiscard]] index_t count() const { return count_; }
+  /// scale * kᵀ [D x N], each row filled up to whole packets.
   [[nodiscard]] const S* keys() const { return keys_.data(); }
+  /// v [N x V], each row filled up to whole packets.
   [[nodiscard]] const S* values() const { return values_.data(); }
 
  private:
@@ -237,6 +244,7 @@ class key_tile {
 template <class S>
 class query_block {
  public:
+  /// Room for `capacity` queries and outputs of value_width numbers.
   query_block(const context& ctx, index_t capacity, index_t value_width)
       : width_(detail::tile::round_up<S>(value_width)),
         value_width_(value_width),

@@ -24,6 +24,7 @@ namespace lithe::inline LITHE_ABI {
 template <class S>
 class chunk_attention {
  public:
+  /// Scratch for one window of the head, whose matrices must stay.
   chunk_attention(const context& ctx, const chunked_head<S>& head)
       : window_(ctx, head),
         block_(std::min(detail::chunk_queries, head.chunk)),

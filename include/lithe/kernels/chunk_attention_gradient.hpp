@@ -31,6 +31,7 @@ struct chunk_softmax {
 template <class S>
 class chunk_attention_gradient {
  public:
+  /// Scratch for one window of the head, whose matrices must stay; `norm` is what made keys of its queries.
   chunk_attention_gradient(const context& ctx, const chunked_head<S>& head, key_norm norm)
       : window_(ctx, head),
         norm_(norm),

@@ -15,6 +15,7 @@ namespace lithe::inline LITHE_ABI {
 struct mask_rule {
   double value = 0;
   bool replace = true;
+  /// Whether it leaves every score as it is.
   [[nodiscard]] bool idle() const { return value == 0 && !replace; }
 };
 
@@ -43,9 +44,9 @@ struct chunked_head {
   rng_key key{};       ///< of the draws
   index_t row = 0, round_rows = 0;  ///< the draws of query t in round r are those of row `row + r round_rows + t`
 
-  [[nodiscard]] index_t length() const { return q.rows(); }
-  [[nodiscard]] index_t rounds() const { return order.rows(); }
-  [[nodiscard]] index_t window() const { return before + 1 + after; }
+  [[nodiscard]] index_t length() const { return q.rows(); }            ///< L
+  [[nodiscard]] index_t rounds() const { return order.rows(); }        ///< R
+  [[nodiscard]] index_t window() const { return before + 1 + after; }  ///< chunks that a query sees
 
   /// A chunk among all rounds.
   struct place {

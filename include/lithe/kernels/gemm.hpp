@@ -216,9 +216,11 @@ struct packed_view {
 template <class S>
 class packed_matrix {
  public:
+  /// Whether nothing has been packed.
   [[nodiscard]] bool empty() const { return panels_.empty(); }
   /// The i-th weight.
   [[nodiscard]] packed_view<S> part(index_t i) const { return {panels_.data() + i * detail::round_up<S>(rows_) * cols_, rows_, cols_}; }
+  /// The first weight, or the only one.
   operator packed_view<S>() const { return part(0); }
   /// Packs w, `parts` weights of equally many rows below each other; memory of the right size is used again.
   void assign(matrix_view<const S> w, index_t parts = 1) {
@@ -233,6 +235,7 @@ class packed_matrix {
         detail::pack_transposed(w.row(i * rows_ + j), w.stride(), n, cols_, panels_.data() + (i * padded + j) * cols_, detail::round_up<S>(n));
       }
   }
+  /// Gives the memory back.
   void clear() { *this = {}; }
 
  private:

@@ -25,12 +25,16 @@ struct bucket_factors {
   std::size_t count = 0;
 
   bucket_factors() = default;
+  /// {16, 32}: 512 buckets; throws config_error for more than 16 factors.
   bucket_factors(std::initializer_list<index_t> f) : bucket_factors(std::span<const index_t>(f.begin(), f.size())) {}
+  /// The same from a span.
   explicit bucket_factors(std::span<const index_t> f) : count(f.size()) {
     require<config_error>(count <= factor.size(), "bucket_factors: expected at most ", factor.size(), " factors, got ", count);
     std::copy(f.begin(), f.end(), factor.begin());
   }
+  /// Whether the number of buckets is chosen automatically.
   [[nodiscard]] bool empty() const { return count == 0; }
+  /// The `count` factors there are.
   [[nodiscard]] std::span<const index_t> span() const { return {factor.data(), count}; }
   /// Their product, or something above `max_buckets`; 0 with a factor below 1.
   [[nodiscard]] index_t total() const {
@@ -49,6 +53,7 @@ struct bucket_factors {
     for (std::size_t i = 0; i < f.count; ++i) out << (i == 0 ? "" : " x ") << f.factor[i];
     return out;
   }
+  /// Whether the factors are the same, in the same order.
   friend bool operator==(const bucket_factors& a, const bucket_factors& b) { return std::equal(a.span().begin(), a.span().end(), b.span().begin(), b.span().end()); }
 };
 

@@ -37,6 +37,7 @@ struct axial_positions {
   double rate = 0;
 
   axial_positions() = default;
+  /// Tables start at N(0, c.deviation). Throws config_error for axes without a width, sizes below 1 and a rate outside [0, 1].
   axial_positions(const axial_positions_config& c, rng_key key) : rate(checked_rate(who, c.dropout)) {
     require<config_error>(!c.shape.empty() && c.shape.size() == c.widths.size(), who, ": expected a width for each axis of the shape, got ",
                           c.widths.size(), " widths and ", c.shape.size(), " axes");
@@ -47,6 +48,7 @@ struct axial_positions {
     }
   }
 
+  /// Σ d_k, the width of x and y.
   [[nodiscard]] index_t features() const {
     index_t n = 0;
     for (const auto& w : weights) n += w.cols();

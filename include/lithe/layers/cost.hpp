@@ -8,7 +8,9 @@ namespace lithe::inline LITHE_ABI {
 /// the bytes of parameters and cached keys read when the token comes alone.
 struct cost {
   double parameters = 0, flops = 0, bytes = 0;
+  /// The cost of both, number by number.
   friend cost operator+(cost a, cost b) { return {a.parameters + b.parameters, a.flops + b.flops, a.bytes + b.bytes}; }
+  /// Adds b, number by number.
   cost& operator+=(cost b) { return *this = *this + b; }
 };
 

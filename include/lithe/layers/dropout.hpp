@@ -25,6 +25,7 @@ struct dropout {
   double rate = 0;
 
   dropout() = default;
+  /// Throws config_error for a rate outside [0, 1].
   explicit dropout(double rate_) : rate(checked_rate("dropout", rate_)) {}
 
   shape output_shape(matrix_view<const S> x) const { return {x.rows(), x.cols()}; }

@@ -33,6 +33,7 @@ struct embedding {
   matrix<S> weight, position;
 
   embedding() = default;
+  /// Both tables start at N(0, c.deviation). Throws config_error without a token or a feature, and for positions below 0.
   embedding(embedding_config c, rng_key key) {
     require<config_error>(c.tokens >= 1 && c.features >= 1 && c.positions >= 0, "embedding: expected at least 1 token, 1 feature and 0 positions, got ",
                           c.tokens, ", ", c.features, " and ", c.positions);

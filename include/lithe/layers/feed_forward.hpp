@@ -35,13 +35,14 @@ struct feed_forward {
   double rate = 0;  ///< of dropout
 
   feed_forward() = default;
+  /// Maps start as `linear`. Throws config_error for sizes below 1, a chunk below 0 and a rate outside [0, 1].
   feed_forward(feed_forward_config c, rng_key key)
       : up({c.features, c.hidden, c.bias}, key.child(0)), down({c.hidden, c.features, c.bias}, key.child(2)), kind(c.kind), chunk(c.chunk),
         rate(checked_rate("feed_forward", c.dropout)) {
     require<config_error>(c.chunk >= 0, "feed_forward: expected a chunk of 0 (all) or more tokens, got ", c.chunk);
     if (c.gated) gate = linear<S>({c.features, c.hidden, c.bias}, key.child(1));
   }
-  [[nodiscard]] bool gated() const { return gate.weight.size() != 0; }
+  [[nodiscard]] bool gated() const { return gate.weight.size() != 0; }  ///< whether there is a W_g
 
   shape output_shape(matrix_view<const S> x) const {
     require_features("feed_forward", up.weight.cols(), x);

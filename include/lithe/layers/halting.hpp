@@ -38,6 +38,7 @@ struct halting {
   index_t exits = 1;
 
   halting() = default;
+  /// Heads start as `halting_head`. Throws config_error without an exit, and for a multinomial head per block.
   halting(halting_config c, rng_key key) : kind(c.kind), exits(c.exits) {
     require<config_error>(c.exits >= 1, "halting: expected at least 1 exit, got ", c.exits);
     require<config_error>(!c.per_block || kind == exit_distribution::geometric,
@@ -47,6 +48,7 @@ struct halting {
       heads.emplace_back(halting_head_config{c.features, geometric() ? 1 : exits, c.hidden_layers, c.activation, c.bias},
                          key.child(static_cast<std::uint64_t>(i)));
   }
+  /// Whether a stick is broken after each block; else one choice is made after block 1.
   [[nodiscard]] bool geometric() const { return kind == exit_distribution::geometric; }
   /// The head that reads the states of block n, from 1.
   [[nodiscard]] const halting_head<S>& head(index_t n) const { return heads[heads.size() == 1 ? 0 : static_cast<std::size_t>(n - 1)]; }

@@ -34,6 +34,7 @@ struct halting_head {
   halting_activation kind = halting_activation::tanh;
 
   halting_head() = default;
+  /// Throws config_error for sizes below 1 and hidden layers below 0.
   halting_head(halting_head_config c, rng_key key) : output({c.features, c.outputs}, key.child(0)), kind(c.kind) {
     require<config_error>(c.hidden_layers >= 0, "halting_head: expected 0 or more hidden layers, got ", c.hidden_layers);
     start(output, c.bias, key.child(0));

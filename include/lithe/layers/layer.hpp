@@ -13,6 +13,7 @@ namespace lithe::inline LITHE_ABI {
 /// Rows and columns of an output.
 struct shape {
   index_t rows = 0, cols = 0;
+  /// Whether rows and columns agree.
   friend bool operator==(const shape&, const shape&) = default;
 };
 
@@ -27,7 +28,9 @@ enum class role { parameter, state, permutation };
 struct field {
   std::string_view name;  // lives as long as the call that it is an argument of
   role kind = role::parameter;
+  /// From a literal.
   field(const char* n, role k = role::parameter) : name(n), kind(k) {}
+  /// From a name that is put together for the call.
   field(const std::string& n, role k = role::parameter) : name(n), kind(k) {}
 };
 

@@ -27,6 +27,7 @@ struct linear {
   packed_matrix<S> packed;  ///< a copy of `weight` for inference, made by `prepack`
 
   linear() = default;
+  /// W and b start at U(±1/√inputs). Throws config_error for sizes below 1.
   linear(linear_config c, rng_key key) {
     require<config_error>(c.inputs >= 1 && c.outputs >= 1, "linear: expected at least 1 input and 1 output, got ", c.inputs, " and ", c.outputs);
     weight.resize(c.outputs, c.inputs);

@@ -92,6 +92,7 @@ struct batch_norm {
   struct gradient {
     matrix<S> weight, bias, running_mean, running_var;
     index_t batches = 0;
+    /// Counts the gathered batches from 0 again.
     void reset() { batches = 0; }
   };
 
@@ -99,6 +100,7 @@ struct batch_norm {
   S epsilon = S(1e-5), momentum = S(0.1);
 
   batch_norm() = default;
+  /// Weight and running variance start at 1, bias and running mean at 0. Throws config_error without a feature.
   explicit batch_norm(index_t features) {
     require<config_error>(features >= 1, "batch_norm: expected at least 1 feature, got ", features);
     for (matrix<S>* m : {&weight, &running_var}) m->setOnes(1, features);

@@ -16,6 +16,7 @@ struct position_cache {
   std::vector<std::uint8_t> used;
 
   position_cache() = default;
+  /// Empty slots of so many tokens each. Throws config_error in the name of `who` for a size below 0 or from 2^31 on.
   position_cache(const char* who, index_t slots, index_t capacity_) : capacity(capacity_) {
     require<config_error>(slots >= 0 && capacity >= 0 && (slots | capacity) >> 31 == 0, who,
                           ": expected a cache of 0 or more slots and tokens, each below 2^31, got ", slots, " and ", capacity);
@@ -24,7 +25,7 @@ struct position_cache {
     used.resize(length.size());
   }
 
-  [[nodiscard]] index_t tokens(index_t slot) const { return length[static_cast<std::size_t>(slot)]; }
+  [[nodiscard]] index_t tokens(index_t slot) const { return length[static_cast<std::size_t>(slot)]; }  ///< that a slot holds
   /// Throws, before anything has changed, unless the T new rows that ctx describes fit their slots.
   void check(const char* who, index_t T, const context& ctx) {
     ctx.rows.check(who, T);
@@ -70,6 +71,7 @@ struct placed_cache : position_cache {
   std::vector<index_t> old_place;  // as old_length
 
   placed_cache() = default;
+  /// Empty slots, slot i in place i; throws as position_cache does.
   placed_cache(const char* who, index_t slots, index_t tokens_in_slot) : position_cache(who, slots, tokens_in_slot) {
     place.resize(length.size());
     for (index_t s = 0; s < slots; ++s) place[static_cast<std::size_t>(s)] = s;

@@ -110,14 +110,19 @@ template <class S>
 class matrix_view {
  public:
   using scalar = std::remove_const_t<S>;
+  /// Eigen's map of all rows, with their stride.
   using map_type = Eigen::Map<std::conditional_t<std::is_const_v<S>, const matrix<scalar>, matrix<scalar>>, 0, Eigen::OuterStride<>>;
 
+  /// Eigen's map of one row, as an array.
   using row_type = Eigen::Map<std::conditional_t<std::is_const_v<S>, const Eigen::Array<scalar, 1, Eigen::Dynamic>, Eigen::Array<scalar, 1, Eigen::Dynamic>>>;
 
   constexpr matrix_view() = default;
+  /// `stride` elements lie between the beginnings of two rows.
   constexpr matrix_view(S* data, index_t rows, index_t cols, index_t stride) : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
+  /// Rows that follow one another: the stride is cols.
   constexpr matrix_view(S* data, index_t rows, index_t cols) : matrix_view(data, rows, cols, cols) {}
 
+  /// The rows of anything `matrix_like`, in place. Throws shape_error for an mdspan whose rows are not contiguous.
   template <class T>
     requires(!std::same_as<std::remove_cvref_t<T>, matrix_view>)
   matrix_view(T&& t) {  // implicit: every entry point takes views and is given matrices
@@ -137,18 +142,22 @@ class matrix_view {
     }
   }
 
-  [[nodiscard]] constexpr S* data() const { return data_; }
-  [[nodiscard]] constexpr index_t rows() const { return rows_; }
-  [[nodiscard]] constexpr index_t cols() const { return cols_; }
-  [[nodiscard]] constexpr index_t stride() const { return stride_; }
-  [[nodiscard]] constexpr index_t size() const { return rows_ * cols_; }
+  [[nodiscard]] constexpr S* data() const { return data_; }               ///< the first element
+  [[nodiscard]] constexpr index_t rows() const { return rows_; }          ///< how many there are
+  [[nodiscard]] constexpr index_t cols() const { return cols_; }          ///< elements of a row
+  [[nodiscard]] constexpr index_t stride() const { return stride_; }      ///< elements from the beginning of a row to that of the next
+  [[nodiscard]] constexpr index_t size() const { return rows_ * cols_; }  ///< elements of all rows
+  /// The first element of row i; nothing is checked.
   [[nodiscard]] constexpr S* row(index_t i) const { return data_ + i * stride_; }
+  /// Element j of row i; nothing is checked.
   [[nodiscard]] constexpr S& operator()(index_t i, index_t j) const { return data_[i * stride_ + j]; }
   /// The same matrix for Eigen's expressions.
   [[nodiscard]] map_type map() const { return map_type(data_, rows_, cols_, Eigen::OuterStride<>(stride_)); }
   /// One row for Eigen's coefficient-wise expressions.
   [[nodiscard]] row_type row_array(index_t i) const { return row_type(row(i), cols_); }
+  /// The n rows from `first` on, in place.
   [[nodiscard]] constexpr matrix_view slice_rows(index_t first, index_t n) const { return {data_ == nullptr ? data_ : row(first), n, cols_, stride_}; }
+  /// The n columns from `first` on, in place: the stride stays.
   [[nodiscard]] constexpr matrix_view slice_cols(index_t first, index_t n) const { return {data_ == nullptr ? data_ : data_ + first, rows_, n, stride_}; }
 
  private:

@@ -15,6 +15,7 @@ using slot_t = std::int32_t;
 /// of `values`. Empty means zero. The buffers keep their size from step to step, so `count()` rows of `storage` are in use.
 template <class S>
 struct row_gradient {
+  /// Numbers that begin where Eigen's packets want them.
   using buffer = std::vector<S, Eigen::aligned_allocator<S>>;
   index_t total_rows = 0, cols = 0;  ///< of the table
   std::vector<slot_t> rows;          ///< touched rows, ascending
@@ -22,8 +23,11 @@ struct row_gradient {
   std::vector<slot_t> spare_rows;    ///< what an accumulating `scatter_add` merges into, and then swaps with the two above
   buffer spare_storage;
 
+  /// How many rows were touched.
   [[nodiscard]] index_t count() const { return static_cast<index_t>(rows.size()); }
+  /// The gradients of the touched rows, [count x cols].
   [[nodiscard]] matrix_view<S> values() { return {storage.data(), count(), cols}; }
+  /// The gradients of the touched rows, [count x cols].
   [[nodiscard]] matrix_view<const S> values() const { return {storage.data(), count(), cols}; }
 
   /// Room for the gradient of these rows, contents unspecified; keeps the allocation if it is large enough.
@@ -42,6 +46,7 @@ struct row_gradient {
       values.resize(need + need / 8);
     }
   }
+  /// No row is touched any more; the memory stays.
   void set_zero() { rows.clear(); }
 
   /// The position of a table row among the touched ones, or -1.
@@ -62,9 +67,11 @@ template <class S>
 struct shared_gradient {
   std::shared_ptr<row_gradient<S>> target;
 
+  /// No row is touched any more, for all holders.
   void set_zero() {
     if (target) target->set_zero();
   }
+  /// One number of the gradient, zero where nothing was touched: for checks, not for loops.
   [[nodiscard]] S operator()(index_t row, index_t col) const { return target ? (*target)(row, col) : S(0); }
 };
 

@@ -42,7 +42,7 @@ struct gradient_check_report {
   [[nodiscard]] const tensor& worst_tensor() const {
     return *std::max_element(tensors.begin(), tensors.end(), [](const tensor& a, const tensor& b) { return a.worst < b.worst; });
   }
-  [[nodiscard]] double worst() const { return worst_tensor().worst; }
+  [[nodiscard]] double worst() const { return worst_tensor().worst; }  ///< the largest relative error of all tensors
   /// The worst number as text: "weight(3, 1): relative error 0.5".
   [[nodiscard]] std::string where() const {
     const tensor& t = worst_tensor();
@@ -54,6 +54,7 @@ struct gradient_check_report {
     for (const tensor& t : tensors) least = std::min(least, t.largest);
     return least;
   }
+  /// How many numbers were checked, of all tensors.
   [[nodiscard]] index_t checked() const {
     index_t n = 0;
     for (const tensor& t : tensors) n += t.checked;

@@ -25,6 +25,7 @@ struct learning_rate_schedule {
   index_t warmup_steps = 0, total_steps = 0;
   double start_ratio = 0, final_ratio = 0;
 
+  /// The rate before step t; throws config_error.
   [[nodiscard]] double operator()(index_t t) const {
     require<config_error>(learning_rate >= 0 && start_ratio >= 0 && final_ratio >= 0 && warmup_steps >= 0 && t >= 0,
                           "learning_rate_schedule: expected no negative numbers, got rate ", learning_rate, ", start ratio ", start_ratio,
@@ -50,6 +51,7 @@ struct value_rate_schedule {
   double times = 4, rate = 1;
   index_t total_steps = 1;
 
+  /// What the rate before step t is multiplied with; throws config_error.
   [[nodiscard]] double operator()(index_t t) const {
     require<config_error>(times >= 0 && rate > 0 && total_steps >= 1, "value_rate_schedule: expected times >= 0, rate > 0 and total steps >= 1, got ",
                           times, ", ", rate, " and ", total_steps);

@@ -52,7 +52,7 @@ struct decomposition {
   bool converged = false;            ///< a stop test was met, or there was nothing to iterate
   bool regularised = false;          ///< a Gram matrix was singular to rounding in some start (the rank is more than the weights need): the ridge decided
 
-  [[nodiscard]] double error() const { return errors.back(); }
+  [[nodiscard]] double error() const { return errors.back(); }  ///< ‖T - T̂‖ / ‖T‖ at the end, before balancing
 };
 
 namespace detail {

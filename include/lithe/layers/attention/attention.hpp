@@ -23,6 +23,7 @@ struct attention : detail::attention_base<S> {
   using typename base::record;
 
   attention() = default;
+  /// Projections start as `linear`. Throws config_error for sizes that do not go together.
   attention(attention_config c, rng_key random) : base("attention", c, c.inputs, random) {}
 
   shape output_shape(matrix_view<const S> x) const {

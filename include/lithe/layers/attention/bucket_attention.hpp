@@ -50,6 +50,7 @@ struct bucket_attention {
   token_hash<S> hash;
 
   bucket_attention() = default;
+  /// Projections start as `linear`. Throws config_error for sizes that do not go together.
   bucket_attention(bucket_attention_config c, rng_key random) : config(resolved(c)), hash(who, c.hash, random.child(3)) {
     const index_t A = config.heads * config.head_width;
     query_key = linear<S>({c.inputs, A, false}, random.child(0));

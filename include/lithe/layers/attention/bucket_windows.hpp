@@ -270,6 +270,7 @@ struct bucket_windows {
       else
         to.row_array(i) = scale[tokens[i]] * from.row_array(tokens[i]);
   }
+  /// Row tokens[i] of `to` += row i of `from`.
   void scatter_add(matrix_view<const S> from, const position_t* tokens, index_t n, matrix_view<S> to) const {
     for (index_t i = 0; i < n; ++i) to.row_array(tokens[i]) += from.slice_cols(0, width).row_array(i);
   }

@@ -25,6 +25,7 @@ struct collaborative_attention : detail::collaborative_base<S> {
   using typename base::record;
 
   collaborative_attention() = default;
+  /// Projections start Xavier-uniform, biases at 0, the mixing as `c.mixing` says. Throws config_error for sizes that do not go together.
   collaborative_attention(collaborative_attention_config c, rng_key random) : base(who, c, c.inputs, random) {}
 
   shape output_shape(matrix_view<const S> x) const {

@@ -15,6 +15,7 @@ struct collaborative_cross_attention : detail::collaborative_base<S> {
   using typename base::record;
 
   collaborative_cross_attention() = default;
+  /// Starts as collaborative_attention does, for a memory of memory_inputs columns. Throws config_error for sizes that do not go together and for `causal`.
   collaborative_cross_attention(collaborative_attention_config c, index_t memory_inputs, rng_key random) : base(who, c, memory_inputs, random) {
     require<config_error>(!c.causal, who, ": expected causal to be off: every key of the memory is seen");
   }

@@ -23,6 +23,7 @@ struct cross_attention : detail::attention_base<S> {
   using typename base::record;
 
   cross_attention() = default;
+  /// Projections start as `linear`. Throws config_error for sizes that do not go together.
   cross_attention(cross_attention_config c, rng_key random)
       : base("cross_attention",
              {.inputs = c.inputs,

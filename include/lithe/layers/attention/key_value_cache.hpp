@@ -13,6 +13,7 @@ struct key_value_cache : placed_cache {
   matrix<S> keys, values;  ///< (place, head, token) by row, each filled up to whole packets
 
   key_value_cache() = default;
+  /// Empty slots; throws config_error in the name of `who` for sizes that a cache cannot have.
   key_value_cache(const char* who, index_t slots, index_t tokens_in_slot, index_t heads_, index_t width_)
       : placed_cache(who, slots, tokens_in_slot), heads(heads_), width(width_) {
     keys.resize(slots * heads * capacity, detail::tile::round_up<S>(width));
@@ -21,6 +22,7 @@ struct key_value_cache : placed_cache {
 
   /// The first row of a head of a slot.
   [[nodiscard]] index_t row(index_t slot, index_t head) const { return row_at(place[static_cast<std::size_t>(slot)], head); }
+  /// The first row of a head of the slot that keeps its rows in place `where`.
   [[nodiscard]] index_t row_at(index_t where, index_t head) const { return (where * heads + head) * capacity; }
 
   /// Appends the keys and values of new rows, both [T x heads width].

@@ -46,6 +46,7 @@ struct local_attention {
   linear<S> query, key, value, output;
 
   local_attention() = default;
+  /// Projections start as `linear`. Throws config_error for sizes that do not go together.
   local_attention(local_attention_config c, rng_key random) : config(resolved(c)) {
     const index_t A = config.heads * config.head_width;
     query = linear<S>({c.inputs, A, false}, random.child(0));

@@ -41,6 +41,7 @@ struct lsh_attention {
   lsh_attention_config config;  ///< with every 0 replaced by what it stands for
 
   lsh_attention() = default;
+  /// Projections start as `linear`. Throws config_error for options that do not go together.
   lsh_attention(lsh_attention_config c, rng_key random) : hash("lsh_attention", c.hash, random.child(3)), config(detail::resolved(c)) {
     const index_t A = config.heads * config.head_width;
     query_key = linear<S>({config.inputs, A, false}, random.child(0));
@@ -95,6 +96,7 @@ struct lsh_attention {
     run_backward(x, r, y, dy, dx, g, ctx);
   }
 
+  /// Queries, values and buckets of the rows so far (lithe::cached_layer).
   using cache = lsh_cache<S>;
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {

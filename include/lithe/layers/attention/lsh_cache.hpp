@@ -18,6 +18,7 @@ struct lsh_cache {
   std::vector<std::uint8_t> hashed;  ///< of each place: whether its sequence began with more than `exact_up_to` tokens
 
   lsh_cache() = default;
+  /// Empty slots of up to `capacity` tokens, with the buckets of a sequence of that length. Throws config_error.
   lsh_cache(const token_hash<S>& h, const lsh_attention_config& c, index_t slots, index_t capacity)
       : tokens("lsh_attention", slots, capacity, c.heads, c.head_width), hash(h) {
     const index_t padded = std::max<index_t>(1, (capacity + c.pad_to - 1) / c.pad_to) * c.pad_to;
@@ -35,7 +36,9 @@ struct lsh_cache {
     for (auto* m : {&first, &last, &count}) m->setZero(lists, buckets);
   }
 
+  /// The row of `scales` for a head of a slot.
   [[nodiscard]] index_t head_row(index_t slot, index_t head) const { return place(slot) * tokens.heads + head; }
+  /// The row of `ids` and of the lists for a round of a head of a slot.
   [[nodiscard]] index_t list_row(index_t slot, index_t head, index_t round) const { return head_row(slot, head) * hash.config.rounds + round; }
 
   /// Puts token t, which is later than all of a list's, into its bucket.
@@ -47,7 +50,9 @@ struct lsh_cache {
     last(row, b) = t;
     next(row, t) = -1;
   }
+  /// The flag in `hashed` of the place where a slot's rows are.
   [[nodiscard]] std::uint8_t& began_hashed(index_t slot) { return hashed[static_cast<std::size_t>(place(slot))]; }
+  /// Whether a slot's sequence began with more than `exact_up_to` tokens.
   [[nodiscard]] bool began_hashed(index_t slot) const { return hashed[static_cast<std::size_t>(place(slot))] != 0; }
   /// The rank of the newest token of a bucket in the order by (bucket, position).
   [[nodiscard]] index_t rank(index_t row, bucket_t b) const {

@@ -30,6 +30,7 @@ struct token_hash {
   matrix<S> given;  ///< directions [H R N x D] to use instead, (head, round, direction) by row; empty: draw
 
   token_hash() = default;
+  /// Throws config_error in the name of `who` without a round, and for buckets that `check` refuses.
   token_hash(const char* who, token_hash_config c, rng_key k) : config(c), key(k) {
     require<config_error>(c.rounds >= 1, who, ": expected at least 1 round of hashing, got ", c.rounds);
     require<config_error>(c.most_positions >= 0, who, ": expected most_positions of 0 (the length) or more, got ", c.most_positions);
@@ -83,6 +84,7 @@ struct token_hash {
         require<config_error>(ids(r, t) < buckets || (!mask.empty() && mask[static_cast<std::size_t>(t)] == 0), who,
                               ": expected external bucket ids below ", buckets, ", got ", ids(r, t));
   }
+  /// Throws config_error unless f is 1 to max_buckets buckets: of even factors for rotations, a power of 2 for signs.
   void check(const char* who, const bucket_factors& f) const {
     require<config_error>(f.total() >= 1 && f.total() <= max_buckets, who, ": expected 1 to ", max_buckets, " buckets a round, got ", f);
     if (config.family == hash_family::rotation)

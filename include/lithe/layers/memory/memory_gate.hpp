@@ -26,6 +26,7 @@ struct memory_gate {
   memory_gate_config config{};
 
   memory_gate() = default;
+  /// Throws config_error unless the temperature is above 0, and for a division by the sum of plain softmax weights, which is 1.
   explicit memory_gate(memory_gate_config c) : config(c) {
     require<config_error>(c.temperature > 0, "memory gate: expected a temperature above 0, got ", c.temperature);
     require<config_error>(!(c.divide_by_sum && c.kind == memory_gate_kind::softmax && c.subtract == score_shift::none),

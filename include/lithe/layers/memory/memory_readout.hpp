@@ -43,6 +43,7 @@ struct memory_readout {
   double dropout_rate = 0;
 
   memory_readout() = default;
+  /// Projections start as `linear`. Throws config_error unless read = outputs if there is none, and for a dropout rate outside [0, 1].
   memory_readout(index_t read, index_t inputs, index_t outputs, const memory_readout_config& c, rng_key key)
       : dropout_rate(checked_rate("memory read-out", c.dropout)) {
     const bool gated = c.kind == memory_readout_kind::silu_gated;

@@ -62,9 +62,13 @@ struct product_keys {
     }
   }
 
+  /// Parts of a query, each with a top_k of its own.
   [[nodiscard]] index_t halves() const { return config.flat ? 1 : 2; }
+  /// Parts of all queries of a token, `width` numbers each.
   [[nodiscard]] index_t groups() const { return config.heads * halves(); }
+  /// Tables of sub-keys: one for each group, or one for all.
   [[nodiscard]] index_t tables() const { return config.shared ? 1 : groups(); }
+  /// What a pair may be, from 0: sub_keys², or the keys if flat.
   [[nodiscard]] index_t slots() const { return config.flat ? config.sub_keys : config.sub_keys * config.sub_keys; }
   [[nodiscard]] index_t picks() const { return config.heads * config.final_k; }  ///< of one token
 

@@ -23,19 +23,21 @@ struct query_convolution {
   };
   struct cache : placed_cache {
     matrix<S> rows;  // [slots capacity x D], by place
+    /// The first of a slot's rows.
     [[nodiscard]] index_t first(index_t slot) const { return place[static_cast<std::size_t>(slot)] * capacity; }
   };
 
   matrix<S> weight;  // [W x D], the newest row last
 
   query_convolution() = default;
+  /// Starts as the identity plus N(0, 0.02); width 0 is no convolution. Throws config_error for a width below 0.
   query_convolution(index_t width, index_t features, rng_key key) {
     require<config_error>(width >= 0, "query_convolution: expected a width of 0 (none) or more, got ", width);
     weight.resize(width, features);
     fill_normal<S>(weight, 0.02, key);
     if (width > 0) weight.row(width - 1).array() += S(1);
   }
-  [[nodiscard]] bool none() const { return weight.rows() == 0; }
+  [[nodiscard]] bool none() const { return weight.rows() == 0; }  ///< whether there are no taps
 
   shape output_shape(matrix_view<const S> x) const {
     require_features("query_convolution", weight.cols(), x);

@@ -42,6 +42,7 @@ struct query_mlp {
   std::vector<linear<S>> folded;     // maps with the running norm multiplied in, for inference; made by `prepack`
 
   query_mlp() = default;
+  /// Maps from `inputs` over c.hidden to `outputs` numbers; they start as `linear`. Throws config_error for sizes below 1.
   query_mlp(index_t inputs, index_t outputs, const query_config& c, rng_key key) {
     std::vector<index_t> widths{inputs};
     widths.insert(widths.end(), c.hidden.begin(), c.hidden.end());
@@ -176,6 +177,7 @@ struct query_network {
   double dropout_rate = 0;
 
   query_network() = default;
+  /// Networks start as `query_mlp`. Throws config_error for settings that do not go together.
   query_network(index_t inputs_, index_t heads_, index_t halves, index_t width_, const query_config& c, rng_key key)
       : inputs(inputs_), heads(heads_), groups(heads_ * halves), width(width_), source(c.source), unit_length(c.unit_length),
         dropout_rate(checked_rate("query network", c.dropout)) {
@@ -195,7 +197,7 @@ struct query_network {
   }
 
   void prepare(gradient& g) const { g.networks.resize(networks.size()); }
-  [[nodiscard]] index_t outputs() const { return groups * width; }
+  [[nodiscard]] index_t outputs() const { return groups * width; }  ///< columns of q
 
   void forward(matrix_view<const S> x, matrix_view<S> q, const context& ctx) const {
     make(x, q, ctx, [&](const query_mlp<S>& net, std::size_t, matrix_view<S> out) { net.forward(x, out, ctx); });

@@ -102,6 +102,7 @@ struct tucker_keys {
     scratch<S> own_unit, own_filter, statistics;
     matrix_view<const S> unit, filter;
 
+    /// `again` makes them here even if there are copies.
     prepared(const tucker_keys& k, bool again, const context& ctx)
         : own_unit(ctx, again || k.packed.empty() ? k.keys.rows() : 0, k.keys.cols()),
           own_filter(ctx, again || k.packed.empty() ? k.keys.rows() : 0, k.filter_width()),
@@ -245,6 +246,7 @@ struct tucker_keys {
   [[nodiscard]] matrix_view<E> group(matrix_view<E> m, index_t head, index_t axis) const {
     return m.slice_rows((head * 2 + axis) * config.sub_keys, config.sub_keys);
   }
+  /// C^c of a head, [r x r].
   [[nodiscard]] matrix_view<const S> core(index_t head, index_t c) const {
     return view(cores).slice_rows((c * config.heads + head) * config.rank, config.rank);
   }

@@ -29,7 +29,7 @@ struct ultra_mem_query {
   linear<S> projection;
   score_norm<S> norm;
 
-  [[nodiscard]] index_t outputs() const { return projection.weight.rows(); }
+  [[nodiscard]] index_t outputs() const { return projection.weight.rows(); }  ///< B d, the columns of q
 
   void forward(matrix_view<const S> x, matrix_view<S> q, const context& ctx) const {
     const scratch<S> convolved(ctx, convolution.none() ? 0 : x.rows(), x.cols());

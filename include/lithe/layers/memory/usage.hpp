@@ -65,7 +65,8 @@ class usage_meter {
     }
   }
 
-  [[nodiscard]] index_t rows() const { return static_cast<index_t>(weight_.size()); }
+  [[nodiscard]] index_t rows() const { return static_cast<index_t>(weight_.size()); }  ///< N, the slots that are watched
+  /// The use of all picks that were added so far.
   [[nodiscard]] usage_report report() const {
     double best = 0;
     for (const auto b : best_) best += b;

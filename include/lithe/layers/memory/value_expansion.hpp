@@ -99,6 +99,7 @@ struct value_expansion {
   dense_table<S> folded;       // [G table_rows M x D], made by `fold`
 
   value_expansion() = default;
+  /// The permutation is drawn from `key`, projections start as `linear`. Throws config_error for settings that do not go together and tables of other shapes.
   value_expansion(value_expansion_config c, Table values_, Table pre_values_, rng_key key)
       : config(checked(c)), values(std::move(values_)), pre_values(std::move(pre_values_)),
         projection({config.groups * config.value_width, c.features, false}, key.child(1)) {

@@ -63,6 +63,7 @@ template <std::floating_point S>
 class dense_table {
  public:
   using scalar = S;
+  /// The rows that were touched, and no others.
   using gradient = row_gradient<S>;
 
   dense_table() = default;
@@ -78,10 +79,15 @@ class dense_table {
     fill_normal(1 / std::sqrt(static_cast<double>(cols)), key, exec);
   }
 
+  /// N, the rows that a pick may name.
   [[nodiscard]] index_t slots() const { return rows(); }
+  /// N: this process holds all of them.
   [[nodiscard]] index_t rows() const { return memory_.empty() ? 0 : rows_; }  // a table that was moved from has none
+  /// D, the numbers of a row.
   [[nodiscard]] index_t cols() const { return cols_; }
+  /// All rows in place, [N x D]; their stride may be more than D.
   [[nodiscard]] matrix_view<S> view() { return {memory_.data(), rows(), cols_, stride_}; }
+  /// All rows in place, [N x D]; their stride may be more than D.
   [[nodiscard]] matrix_view<const S> view() const { return {memory_.data(), rows(), cols_, stride_}; }
 
   void gather_sum(picks<S> p, matrix_view<S> y, const context& ctx, update mode = update::assign) const {
@@ -124,15 +130,22 @@ template <value_table T>
 class shared_table {
  public:
   using scalar = typename T::scalar;
+  /// A handle on the touched rows, which the holders of the table share.
   using gradient = shared_gradient<scalar>;
 
   shared_table() = default;
+  /// Takes the table over; copies of the handle share it.
   explicit shared_table(T table) : table_(std::make_shared<T>(std::move(table))) {}
 
+  /// N, the rows that a pick may name; 0 for a handle on nothing.
   [[nodiscard]] index_t slots() const { return table_ ? table_->slots() : 0; }
+  /// How many rows this process holds; 0 for a handle on nothing.
   [[nodiscard]] index_t rows() const { return table_ ? table_->rows() : 0; }
+  /// D, the numbers of a row; 0 for a handle on nothing.
   [[nodiscard]] index_t cols() const { return table_ ? table_->cols() : 0; }
+  /// What is shared; there must be a table.
   [[nodiscard]] T& table() { return *table_; }
+  /// What is shared; there must be a table.
   [[nodiscard]] const T& table() const { return *table_; }
   /// Equal for the handles of one table.
   [[nodiscard]] const void* identity() const { return table_.get(); }
