@@ -32,6 +32,8 @@ PYTHON = "/usr/bin/python3"  # the one that Debian's packages serve
 GEMM, STREAM, CACHED_12, CACHED_32, ROWS, NARROW_ROWS = LIMITS = [
     "limit/gemm", "limit/stream/MiB:2048", "limit/stream/MiB:12", "limit/stream/MiB:32", "limit/random_rows/cols:1024", "limit/random_rows/cols:256"]
 PKM = {GEMM: 6.29e6, ROWS: 128 * 4096}
+ULTRA_MEM = {GEMM: 2.08e6, NARROW_ROWS: 84 * 1024}
+COLLABORATIVE = 4 * 768 * (256 + 768) + 256 * 2 * (12 * 256 + 768)  # 256 shared dimensions, 256 tokens seen on average
 LSH = 3 * 2 * 256**2 + 98e3 + 8 * 128 * 4 * 256  # projections, hashing, 8 rounds of windows of 128 keys
 EXPERTS, EXPERT_BYTES = 2 * 4 * 512 * 1264, 32 * 8 * 512 * 1264  # FLOPs of two, bytes of all
 REVERSIBLE = 6 * (4 * 2 * 256**2 + 64 * 4 * 256 + 4 * 256 * 1024)  # forward
@@ -44,8 +46,8 @@ CASES = {
     "product_key_memory/forward/tokens:64": (2.8, PKM),
     "product_key_memory/forward/tokens:1": (1.8, {CACHED_12: 12.6e6, ROWS: 128 * 4096}),
     "product_key_memory/train/tokens:512": (5, {}),
-    "ultra_mem/forward/tokens:512": (1, {GEMM: 2.08e6, NARROW_ROWS: 84 * 1024}),
-    "ultra_mem/forward/tokens:64": (1, {GEMM: 2.08e6, NARROW_ROWS: 84 * 1024}),
+    "ultra_mem/forward/tokens:512": (1, ULTRA_MEM),
+    "ultra_mem/forward/tokens:64": (1, ULTRA_MEM),
     "ultra_mem/train/tokens:512": (1, {}),
     "mixture_of_experts/forward/tokens:512": (1, {GEMM: EXPERTS}),  # experts are read and multiplied at once: the one that takes longer
     "mixture_of_experts/forward/tokens:64": (1, {STREAM: EXPERT_BYTES / 64}),
@@ -60,8 +62,8 @@ CASES = {
     "reversible/train/layers:6": (1, {GEMM: 4 * REVERSIBLE}),
     "reversible/train_stored/layers:6": (1, {GEMM: 3 * REVERSIBLE}),
     "collaborative/forward/length:512/shared:0": (1, {GEMM: 8 * 768**2 + 256 * 4 * 768}),
-    "collaborative/forward/length:512/shared:256": (1, {GEMM: 4 * 768 * (256 + 768) + 256 * 2 * (12 * 256 + 768)}),
-    "collaborative/training/length:512/shared:256": (1, {GEMM: 3 * (4 * 768 * (256 + 768) + 256 * 2 * (12 * 256 + 768))}),
+    "collaborative/forward/length:512/shared:256": (1, {GEMM: COLLABORATIVE}),
+    "collaborative/training/length:512/shared:256": (1, {GEMM: 3 * COLLABORATIVE}),
     "exits/full_depth/batch:32": (1, {GEMM: DECODER}),
     "exits/slowest_row/batch:32": (1, {}),
     "exits/of_each_row/batch:32": (1, {}),

@@ -40,35 +40,41 @@ class ProductKeyMemory(torch.nn.Module):
         return self.values(slot.transpose(0, 1).reshape(tokens, -1), per_sample_weights=weight.transpose(0, 1).reshape(tokens, -1))
 
 
-class Block(torch.nn.Module):
-    def __init__(self, features, heads, hidden):
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = torch.nn.LayerNorm(features), torch.nn.LayerNorm(features)
-        self.qkv, self.out = torch.nn.Linear(features, 3 * features), torch.nn.Linear(features, features)
-        self.up, self.down = torch.nn.Linear(features, hidden), torch.nn.Linear(hidden, features)
+@functools.lru_cache(maxsize=None)
+def causal_mask(length):
+    return torch.full((length, length), -math.inf).triu(1)
 
-    def forward(self, x, mask):
+
+class Residual(torch.nn.Module):
+    """A part of a pre-norm block without its residual sum, over sequences [batch, length, features]: causal attention or a feed-forward."""
+
+    def __init__(self, features, heads, feed_forward, bias=False):
+        super().__init__()
+        self.norm, self.heads, self.feed_forward = torch.nn.LayerNorm(features), heads, feed_forward
+        self.up = torch.nn.Linear(features, 4 * features) if feed_forward else torch.nn.Linear(features, 3 * features, bias=bias)
+        self.down = torch.nn.Linear(4 * features, features) if feed_forward else torch.nn.Linear(features, features, bias=bias)
+
+    def forward(self, x):
+        h = self.up(self.norm(x))
+        if self.feed_forward:
+            return self.down(F.gelu(h))
         batch, length, features = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
-        y = (F.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(batch, length, features)
-        x = x + self.out(y)
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        q, k, v = h.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + causal_mask(length)
+        return self.down((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, features))
 
 
 class LanguageModel(torch.nn.Module):
-    def __init__(self, layers, features=128, heads=4, hidden=512, context=256, vocabulary=256):
+    def __init__(self, layers, features=128, heads=4, context=256, vocabulary=256):
         super().__init__()
         self.tokens, self.positions = torch.nn.Embedding(vocabulary, features), torch.nn.Embedding(context, features)
-        self.blocks = torch.nn.ModuleList(Block(features, heads, hidden) for _ in range(layers))
+        self.parts = torch.nn.ModuleList(Residual(features, heads, feed_forward, bias=True) for _ in range(layers) for feed_forward in (False, True))
         self.norm, self.head = torch.nn.LayerNorm(features), torch.nn.Linear(features, vocabulary)
-        self.register_buffer("mask", torch.full((context, context), -math.inf).triu(1))
 
     def forward(self, ids):
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x, self.mask)
+        for part in self.parts:
+            x = x + part(x)
         return self.head(self.norm(x))
 
 
@@ -126,11 +132,6 @@ class LshAttention(torch.nn.Module):
         return self.output(y.transpose(1, 2).reshape(batch, length, features))
 
 
-@functools.lru_cache(maxsize=None)
-def causal_mask(length):
-    return torch.full((length, length), -math.inf).triu(1)
-
-
 class MixtureOfExperts(torch.nn.Module):
     """Experts of two matrices with GELU, each over the rows that chose it."""
 
@@ -174,9 +175,10 @@ class UltraMem(torch.nn.Module):
     def forward(self, x):
         tokens, m, n = x.shape[0], self.top_k, self.sub_keys
         q = self.normed((x @ self.query.t()).view(tokens, 2, self.width), self.query_norm)
-        keys = self.normed(self.keys, self.key_norm) if self.training else self.unit
-        if keys is None:
-            keys = self.unit = self.normed(self.keys, self.key_norm)
+        keys = self.unit
+        if self.training or keys is None:
+            keys = self.normed(self.keys, self.key_norm)
+            self.unit = None if self.training else keys
         chosen, factors = [], []
         for axis in range(2):
             scores = (q[:, axis] @ keys[axis].flatten(0, 2).t()).view(tokens, *keys.shape[1:4])  # [token, head, rank, key]
@@ -231,26 +233,6 @@ def local_attention(q, k, v, chunk=64):
     scores = scores + torch.full((chunk, 2 * chunk), -math.inf).triu(chunk + 1)
     scores[:, 0, :, :chunk] = -math.inf
     return (scores.softmax(-1) @ both(v)).flatten(1, 2)
-
-
-class Residual(torch.nn.Module):
-    """The two parts of a pre-norm block without their residual sums, over sequences [batch, length, features]."""
-
-    def __init__(self, features, heads, feed_forward):
-        super().__init__()
-        self.norm, self.heads = torch.nn.LayerNorm(features), heads
-        self.up = torch.nn.Linear(features, 4 * features) if feed_forward else torch.nn.Linear(features, 3 * features, bias=False)
-        self.down = torch.nn.Linear(4 * features, features) if feed_forward else torch.nn.Linear(features, features, bias=False)
-        self.feed_forward = feed_forward
-
-    def forward(self, x):
-        h = self.up(self.norm(x))
-        if self.feed_forward:
-            return self.down(F.gelu(h))
-        batch, length, features = x.shape
-        q, k, v = h.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + causal_mask(length)
-        return self.down((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, features))
 
 
 class ReversibleStack(torch.autograd.Function):

@@ -8,6 +8,7 @@ does not have gives {"case", "peer", "error"}. What a case needs is built at its
 same case again and again, in turn with other programs.
 """
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from torch_layers import (FEATURES, HEADS, TOP_K, Decoder, HeadsAttention, LanguageModel, LshAttention, MixtureOfExperts, ProductKeyMemory,
-                          Residual, ReversibleStack, UltraMem, local_attention, shared_table)
+                          Residual, ReversibleStack, UltraMem, causal_mask, local_attention, shared_table)
 
 
 def no_grad(call):
@@ -30,17 +31,17 @@ def no_grad(call):
 
 def forward_of(layer, *shape, sets=1):
     """Inference; with several sets over fresh tokens at each call, so that what they pick is in no cache."""
-    fresh, turn = [torch.randn(*shape) for _ in range(sets)], iter(range(1 << 60))
+    fresh = itertools.cycle([torch.randn(*shape) for _ in range(sets)])
     layer.eval()
-    return no_grad(lambda: layer(fresh[next(turn) % sets])), math.prod(shape[:-1])
+    return no_grad(lambda: layer(next(fresh))), math.prod(shape[:-1])
 
 
 def training_of(layer, *shape, sets=1):
     """Forward and backward."""
-    fresh, upstream, turn = [torch.randn(*shape, requires_grad=True) for _ in range(sets)], torch.randn(*shape), iter(range(1 << 60))
+    fresh, upstream = itertools.cycle([torch.randn(*shape, requires_grad=True) for _ in range(sets)]), torch.randn(*shape)
 
     def step():
-        x = fresh[next(turn) % sets]
+        x = next(fresh)
         layer.zero_grad(set_to_none=True)
         x.grad = None
         layer(x).backward(upstream)
@@ -64,23 +65,21 @@ def top_k(n, k):
 
 def gather_sum(rows, cols):
     tokens, table = 512, shared_table()
-    picks = [(torch.randint(rows, (tokens, HEADS * TOP_K)), torch.rand(tokens, HEADS * TOP_K)) for _ in range(8)]
-    turn = iter(range(1 << 60))
+    picks = itertools.cycle([(torch.randint(rows, (tokens, HEADS * TOP_K)), torch.rand(tokens, HEADS * TOP_K)) for _ in range(8)])
 
     def run():
-        slots, weights = picks[next(turn) % len(picks)]
+        slots, weights = next(picks)
         F.embedding_bag(slots, table, mode="sum", per_sample_weights=weights)
     return no_grad(run), tokens
 
 
 def attention(length, causal):
     q, k, v = (torch.randn(4, length, 64) for _ in range(3))
-    mask = torch.full((length, length), -math.inf).triu(1) if causal else None
 
     def run():
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(1 / 8)
         if causal:
-            scores += mask
+            scores += causal_mask(length)
         torch.bmm(scores.softmax(-1), v)
     return no_grad(run), length
 
