@@ -53,13 +53,12 @@ void visit_public(memory_code code, const product_key_memory<S, Table>& layer, F
       const index_t out = net.maps[i].weight.rows(), in = net.maps[i].weight.cols();
       const auto modules = static_cast<index_t>(net.norms.empty() ? 1 : 2);  // of one layer, beside its ReLU
       const auto at = static_cast<index_t>(i) * (modules + 1);
-      const bool grouped = code == memory_code::xlm_grouped || (code == memory_code::xlm && nets > 1 && net.maps.size() == 1);  // one map there
+      const bool grouped = code == memory_code::xlm_grouped || net.maps.size() == 1;  // without hidden layers all networks are one map
       const auto name = [&](index_t module) {
         if (code == memory_code::ultra_mem) return std::string("query_proj.");
         if (lucidrains) return std::string(code == memory_code::lucidrains_peer ? "to_queries.0." : "to_queries.");
         if (code == memory_code::xlm_notebook) return concat("query_proj.", at + module, ".");
         if (grouped) return concat("query_proj.query_mlps.", at + module, i > 0 && module == 0 ? ".layer." : ".");
-        if (nets == 1 && net.maps.size() == 1) return concat("query_proj.query_mlps.", module, ".");
         return concat("query_proj.query_mlps.", g, ".", at + module, ".");
       };
       const index_t all = grouped ? nets * out : out, first = grouped ? g * out : 0;

@@ -160,6 +160,18 @@ TEST(pairs, the_same_bits_with_any_number_of_workers_and_after_a_resume) {
   std::filesystem::remove(path);
 }
 
+/// The logits of the full pass over x whose rows leave at the given exits.
+template <class Decoder>
+matrix<double> full_pass(const Decoder& decoder, const matrix<double>& x, std::span<const std::int32_t> exits) {
+  const index_t T = x.rows();
+  matrix<double> states(2 * T, x.cols()), logits(T, byte_values);
+  record_of<std::remove_cvref_t<decltype(decoder.stack)>> record;
+  record_of<std::remove_cvref_t<decltype(decoder.answers)>> answers;
+  decoder.stack.forward_mixed(x, nothing{}, exits, states, record, {});
+  decoder.answers.forward_mixed(view(states).slice_rows(T, T), exits, logits, answers, {});
+  return logits;
+}
+
 TEST(pairs, decode_what_the_full_pass_gives_whatever_the_exits) {
   const auto tokens = to_tokens(text);
   for (const model_config& c : pairs()) {
@@ -170,12 +182,9 @@ TEST(pairs, decode_what_the_full_pass_gives_whatever_the_exits) {
     const auto ids = std::span(tokens).first(static_cast<std::size_t>(T));
     std::vector<std::int32_t> exits;
     for (index_t t = 0; t < T; ++t) exits.push_back(t < 3 ? 2 : 1 + static_cast<std::int32_t>(philox({7}, static_cast<std::uint64_t>(t))[0] % 2));
-    matrix<double> x(T, 32), states(2 * T, 32), full(T, byte_values), step(1, byte_values), row(1, 32);
-    record_of<std::remove_cvref_t<decltype(decoder.stack)>> record;
-    record_of<std::remove_cvref_t<decltype(decoder.answers)>> answers;
+    matrix<double> x(T, 32), step(1, byte_values);
     words.forward(ids, x, {});
-    decoder.stack.forward_mixed(x, nothing{}, exits, states, record, {});
-    decoder.answers.forward_mixed(view(states).slice_rows(T, T), exits, full, answers, {});
+    const matrix<double> full = full_pass(decoder, x, exits);
 
     auto cache = make_adaptive_cache(decoder, 1, T);
     prefill(decoder, view(x).slice_rows(0, 3), nothing{}, cache, {});
@@ -229,13 +238,9 @@ TEST(pairs, generate_what_the_full_pass_gives_by_every_exit_rule_and_with_any_nu
         ids.insert(ids.end(), out.tokens[i].begin(), out.tokens[i].end() - 1);
         exits.insert(exits.end(), out.exits[i].begin(), out.exits[i].end());
         seen[rule.kind].insert(out.exits[i].begin(), out.exits[i].end());
-        const auto T = static_cast<index_t>(ids.size());
-        matrix<double> x(T, 32), states(2 * T, 32), full(T, byte_values);
-        record_of<std::remove_cvref_t<decltype(decoder.stack)>> record;
-        record_of<std::remove_cvref_t<decltype(decoder.answers)>> answers;
+        matrix<double> x(static_cast<index_t>(ids.size()), 32);
         words.forward(ids, x, {});
-        decoder.stack.forward_mixed(x, nothing{}, exits, states, record, {});
-        decoder.answers.forward_mixed(view(states).slice_rows(T, T), exits, full, answers, {});
+        const matrix<double> full = full_pass(decoder, x, exits);
         for (index_t n = 0; n < most; ++n) {
           const index_t t = static_cast<index_t>(prompts[i].size()) - 1 + n;
           const auto& row = rows[i][static_cast<std::size_t>(n)];
