@@ -55,17 +55,23 @@ struct adaptive_depth {
     return {stack.output_shape(x).rows, answers.classes()};
   }
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> logits, const context& ctx) const {
+    detail::check_rows("adaptive_depth", "logits", *this, x, logits, ctx);
     const scratch<S> states(ctx, output_shape(x).rows, x.cols());
     stack.forward(x, m, states, ctx);
     answers.forward(states, logits, ctx);
   }
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> logits, record& r, const context& ctx) const {
+    detail::check_rows("adaptive_depth", "logits", *this, x, logits, ctx);
     r.states.resize(output_shape(x).rows, x.cols());
     stack.forward(x, m, r.states, r.stack, ctx);
     answers.forward(r.states, logits, r.answers, ctx);
   }
   void backward(matrix_view<const S> x, const memory& m, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, const memory_gradient& dm,
                 gradient& g, const context& ctx) const {
+    detail::check_rows("adaptive_depth", "dlogits", *this, x, dlogits, ctx);
+    require_shape("adaptive_depth", "dx", dx, x.rows(), x.cols());
+    check_gradient("adaptive_depth", *this, g);
+    recorded("adaptive_depth", r.states, output_shape(x).rows, x.cols());
     const scratch<S> dstates(ctx, r.states.rows(), r.states.cols());
     answers.backward(r.states, r.answers, dlogits, dstates, g.answers, ctx);
     stack.backward(x, m, r.stack, dstates, dx, dm, g.stack, ctx);

@@ -103,14 +103,14 @@ class exit_step {
   }
   void plan(matrix_view<const S> out) {
     const scratch<S> scores(ctx_, active_, model_.exits());
-    model_.halt.head(1).forward(out, scores, ctx_);
+    model_.halt.head(1).forward(out, scores, ctx_.position_wise());
     most_probable_exits<S>(scores, planned_.span().first(static_cast<std::size_t>(active_)));
   }
   /// What all confidences of an exit are computed from together: halting signals, or logits.
   void prepare(index_t n, matrix_view<const S> out, std::span<S> signals) {
     const matrix_view<S> column(signals.data(), active_, 1);
-    if (rule_.kind == exit_confidence::geometric) model_.halt.head(n).forward(out, column, ctx_);
-    if (rule_.kind == exit_confidence::meta) model_.meta.forward(out, column, ctx_);
+    if (rule_.kind == exit_confidence::geometric) model_.halt.head(n).forward(out, column, ctx_.position_wise());
+    if (rule_.kind == exit_confidence::meta) model_.meta.forward(out, column, ctx_.position_wise());
     if (rule_.reads_logits()) {
       model_.answers.answer(n, out, answers_.view().slice_rows(0, active_), ctx_);
       answered_ = true;

@@ -19,7 +19,8 @@ struct exit_classifiers_config {
   bool bias = false;
 };
 
-/// The answers at every depth: logitsⁿ = Wₙ normₙ(hⁿ) (+ bₙ). x [N T x D] holds the states of blocks 1 .. N one below the other, logits [N T x V].
+/// The answers at every depth: logitsⁿ = Wₙ normₙ(hⁿ) (+ bₙ). x [N T x D] holds the states of blocks 1 .. N one below the other, logits [N T x V];
+/// a mask is that of the T tokens.
 ///
 /// Weights start normal with deviation D^-½. Throws config_error, shape_error.
 template <std::floating_point S, class Norm = layer_norm<S>>
@@ -70,20 +71,23 @@ struct exit_classifiers {
   /// The answer of exit n alone, from 1: h [R x D], logits [R x V].
   void answer(index_t n, matrix_view<const S> h, matrix_view<S> logits, const context& ctx) const {
     require<config_error>(n >= 1 && n <= exits, "exit_classifiers: expected an exit from 1 to ", exits, ", got ", n);
-    if (norms.empty()) return classifier(n).forward(h, logits, ctx);
+    const context alone = ctx.position_wise();
+    if (norms.empty()) return classifier(n).forward(h, logits, alone);
     const scratch<S> normed(ctx, h.rows(), h.cols());
-    norms[norms.size() == 1 ? 0 : static_cast<std::size_t>(n - 1)].forward(h, normed, ctx);
-    classifier(n).forward(normed, logits, ctx);
+    norms[norms.size() == 1 ? 0 : static_cast<std::size_t>(n - 1)].forward(h, normed, alone);
+    classifier(n).forward(normed, logits, alone);
   }
   void forward(matrix_view<const S> x, matrix_view<S> logits, const context& ctx) const {
     const index_t T = output_shape(x).rows / exits;
     require_shape("exit_classifiers", "logits", logits, x.rows(), classes());
+    ctx.check("exit_classifiers", T);
     if (alike()) return answer(1, x, logits, ctx);
     for (index_t n = 1; n <= exits; ++n) answer(n, x.slice_rows((n - 1) * T, T), logits.slice_rows((n - 1) * T, T), ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> logits, record& r, const context& ctx) const {
     const index_t T = output_shape(x).rows / exits;
     require_shape("exit_classifiers", "logits", logits, x.rows(), classes());
+    ctx.check("exit_classifiers", T);
     r.order.clear();
     r.offsets.resize(static_cast<std::size_t>(exits) + 1);
     for (index_t n = 0; n <= exits; ++n) r.offsets[static_cast<std::size_t>(n)] = n * T;
@@ -94,7 +98,9 @@ struct exit_classifiers {
     const index_t T = x.rows();
     require<shape_error>(static_cast<index_t>(row_exits.size()) == T, "exit_classifiers: expected an exit for each of ", T, " rows, got ",
                          row_exits.size());
+    require_features("exit_classifiers", classifiers.front().weight.cols(), x);
     require_shape("exit_classifiers", "logits", logits, T, classes());
+    ctx.check("exit_classifiers", T);
     r.order.resize(row_exits.size());
     r.offsets.assign(static_cast<std::size_t>(exits) + 1, 0);
     for (const auto n : row_exits) {
@@ -112,7 +118,15 @@ struct exit_classifiers {
     for (index_t i = 0; i < T; ++i) logits.map().row(r.order[static_cast<std::size_t>(i)]) = out.map().row(i);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    require<state_error>(!r.offsets.empty() && r.offsets.back() == x.rows(), "exit_classifiers: the record is of another call");
+    recorded("exit_classifiers", r.offsets, static_cast<std::size_t>(exits) + 1);
+    require<state_error>(r.offsets.back() == x.rows(), "exit_classifiers: the record is of another call: expected ", x.rows(), " rows, got ",
+                         r.offsets.back());
+    require_shape("exit_classifiers", "dlogits", dlogits, x.rows(), classes());
+    require_shape("exit_classifiers", "dx", dx, x.rows(), x.cols());
+    ctx.check("exit_classifiers", r.order.empty() ? x.rows() / exits : x.rows());
+    check_gradient("exit_classifiers", *this, g);
+    recorded("exit_classifiers", r.norms, norms.size());
+    recorded("exit_classifiers", r.normed, norms.empty() ? 0 : x.rows(), x.cols());
     if (r.order.empty()) return back(x, r, dlogits, dx, g, ctx);
     const scratch<S> d(ctx, x.rows(), classes()), dsorted(ctx, x.rows(), x.cols());
     for (index_t i = 0; i < x.rows(); ++i) d.map().row(i) = dlogits.map().row(r.order[static_cast<std::size_t>(i)]);
@@ -130,7 +144,7 @@ struct exit_classifiers {
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
     const auto each = [&](const char* one, const char* many, auto& first, auto&... others) {
-      for (std::size_t i = 0; i < first.size(); ++i) f(first.size() == 1 ? std::string(one) : concat(many, ".", i + 1), first[i], others[i]...);
+      visit_parts(f, [&](std::size_t i) { return first.size() == 1 ? std::string(one) : many + ("." + std::to_string(i + 1)); }, first, others...);
     };
     each("norm", "norms", s.norms, rest.norms...);
     each("classifier", "classifiers", s.classifiers, rest.classifiers...);
@@ -144,25 +158,36 @@ struct exit_classifiers {
     if (parts == 1) return f(std::size_t{0}, index_t{0}, r.offsets.back());
     for (std::size_t i = 0; i < parts; ++i) f(i, r.offsets[i], r.offsets[i + 1] - r.offsets[i]);
   }
+  /// The context of the rows as they are worked on.
+  static regrouped by_row(const record& r, const context& ctx) {
+    return {ctx, r.offsets.back(), [&, T = static_cast<index_t>(ctx.mask.size())](index_t i) {
+              return r.order.empty() ? i % T : r.order[static_cast<std::size_t>(i)];
+            }};
+  }
   void run(matrix_view<const S> x, matrix_view<S> logits, record& r, const context& ctx) const {
+    const regrouped rows = by_row(r, ctx);
     r.norms.resize(norms.size());
     r.normed.resize(norms.empty() ? 0 : x.rows(), x.cols());
     each_part(norms.size(), r, [&](std::size_t i, index_t first, index_t n) {
-      norms[i].forward(x.slice_rows(first, n), matrix_view<S>(r.normed).slice_rows(first, n), r.norms[i], ctx);
+      norms[i].forward(x.slice_rows(first, n), matrix_view<S>(r.normed).slice_rows(first, n), r.norms[i], rows.ctx(first, n));
     });
     const matrix_view<const S> in = norms.empty() ? x : matrix_view<const S>(r.normed);
-    each_part(classifiers.size(), r,
-              [&](std::size_t i, index_t first, index_t n) { classifiers[i].forward(in.slice_rows(first, n), logits.slice_rows(first, n), ctx); });
+    each_part(classifiers.size(), r, [&](std::size_t i, index_t first, index_t n) {
+      classifiers[i].forward(in.slice_rows(first, n), logits.slice_rows(first, n), rows.ctx(first, n));
+    });
   }
   void back(matrix_view<const S> x, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    const regrouped rows = by_row(r, ctx);
     const matrix_view<const S> in = norms.empty() ? x : matrix_view<const S>(r.normed);
     const scratch<S> room(ctx, norms.empty() ? 0 : x.rows(), x.cols());
     const matrix_view<S> dn = norms.empty() ? dx : room.view();
     each_part(classifiers.size(), r, [&](std::size_t i, index_t first, index_t n) {
-      classifiers[i].backward(in.slice_rows(first, n), {}, dlogits.slice_rows(first, n), dn.slice_rows(first, n), g.classifiers[i], ctx);
+      classifiers[i].backward(in.slice_rows(first, n), {}, dlogits.slice_rows(first, n), dn.slice_rows(first, n), g.classifiers[i],
+                              rows.ctx(first, n));
     });
     each_part(norms.size(), r, [&](std::size_t i, index_t first, index_t n) {
-      norms[i].backward(x.slice_rows(first, n), r.norms[i], dn.slice_rows(first, n), dx.slice_rows(first, n), g.norms[i], ctx);
+      norms[i].backward(x.slice_rows(first, n), r.norms[i], dn.slice_rows(first, n), dx.slice_rows(first, n), g.norms[i],
+                        rows.ctx(first, n));
     });
     if (gradient_scales.empty()) return;
     for (std::size_t n = 0; n + 1 < r.offsets.size(); ++n)

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 // T tokens, D features, N blocks, hⁿ the output of block n (h⁰ the input), n_j the exit of token j
@@ -100,21 +101,22 @@ struct adaptive_stack {
   }
 
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> y, const context& ctx) const {
-    check(x, y);
+    check(x, y, ctx);
     std::vector<std::uint8_t> skipped;
     draw(x.rows(), skipped, ctx);
     through(x, y, skipped,
             [&](index_t n, matrix_view<const S> in, matrix_view<S> out) { detail::block_forward(block(n), in, m, out, child(n, ctx)); });
   }
   void forward(matrix_view<const S> x, const memory& m, matrix_view<S> y, record& r, const context& ctx) const {
-    check(x, y);
+    check(x, y, ctx);
     if (!ctx.replay) draw(x.rows(), r.skipped.value, ctx);
+    check_skipped(x.rows(), r);
     keep(x, m, y, r, ctx);
   }
   /// Mixed training: one exit for each token, from 1 to N. h^N of each token is then the state it left with. Throws config_error for another exit.
   void forward_mixed(matrix_view<const S> x, const memory& m, std::span<const std::int32_t> token_exits, matrix_view<S> y, record& r,
                      const context& ctx) const {
-    check(x, y);
+    check(x, y, ctx);
     const index_t T = x.rows(), N = exits();
     require<shape_error>(static_cast<index_t>(token_exits.size()) == T, "adaptive_stack: expected an exit for each of ", T, " tokens, got ",
                          token_exits.size());
@@ -129,9 +131,12 @@ struct adaptive_stack {
                 gradient& g, const context& ctx) const {
     const index_t T = x.rows(), N = exits();
     const std::vector<std::uint8_t>& skipped = r.skipped.value;
-    require<state_error>(static_cast<index_t>(r.blocks.size()) == N && r.states.rows() == (N - 1) * T,
-                         "adaptive_stack: the record is of another call");
-    require_shape("adaptive_stack", "dy", dy, N * T, x.cols());
+    detail::check_rows("adaptive_stack", "dy", *this, x, dy, ctx);
+    require_shape("adaptive_stack", "dx", dx, T, x.cols());
+    check_gradient("adaptive_stack", *this, g);
+    recorded("adaptive_stack", r.blocks, static_cast<std::size_t>(N));
+    recorded("adaptive_stack", r.states, (N - 1) * T, x.cols());
+    check_skipped(T, r);
     const scratch<S> d(ctx, T, x.cols()), active(ctx, skipped.empty() ? 0 : T, x.cols());
     copy<S>(dy.slice_rows((N - 1) * T, T), d, ctx);
     for (index_t n = N; n >= 1; --n) {
@@ -173,16 +178,17 @@ struct adaptive_stack {
   /// Blocks count from 1.
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.blocks.size(); ++i) f(std::to_string(i + 1), s.blocks[i], rest.blocks[i]...);
+    visit_parts(f, [](std::size_t i) { return std::to_string(i + 1); }, s.blocks, rest.blocks...);
   }
 
  private:
   [[nodiscard]] std::size_t place(index_t n) const { return depth > 0 ? 0 : static_cast<std::size_t>(n - 1); }
   static context child(index_t n, const context& ctx) { return ctx.child(static_cast<std::uint64_t>(n - 1)); }
-  template <class T>
-  void check(matrix_view<const S> x, matrix_view<T> y) const {
-    const shape out = output_shape(x);
-    require_shape("adaptive_stack", "y", y, out.rows, out.cols);
+  void check(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const { detail::check_rows("adaptive_stack", "y", *this, x, y, ctx); }
+  void check_skipped(index_t T, const record& r) const {
+    const auto n = static_cast<index_t>(r.skipped.value.size());
+    require<state_error>(n == 0 || n == exits() * T, "adaptive_stack: the record is of another call: expected what ", T, " tokens skip of ", exits(),
+                         " blocks, got ", n, " choices");
   }
   void draw(index_t T, std::vector<std::uint8_t>& skipped, const context& ctx) const {
     skipped.clear();

@@ -2,6 +2,7 @@
 
 #include "lithe/compose/decoder_cross_cache.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/norms.hpp"
 
@@ -48,6 +49,7 @@ struct decoder_block {
     return self.output_shape(x);
   }
   void forward(matrix_view<const S> x, memory_view<S> m, matrix_view<S> y, const context& ctx) const {
+    detail::check_rows(who, "y", *this, x, y, ctx);
     const scratch<S> a(ctx, x.rows(), x.cols()), n(ctx, x.rows(), x.cols()), b(ctx, x.rows(), x.cols());
     self.forward(x, a, ctx.child(0));
     norm.forward(a, n, ctx.child(1));
@@ -57,6 +59,7 @@ struct decoder_block {
     feed.forward(b, y, ctx.child(4));
   }
   void forward(matrix_view<const S> x, memory_view<S> m, matrix_view<S> y, record& r, const context& ctx) const {
+    detail::check_rows(who, "y", *this, x, y, ctx);
     for (matrix<S>* h : {&r.a, &r.normed, &r.b}) h->resize(x.rows(), x.cols());
     self.forward(x, r.a, r.self, ctx.child(0));
     norm.forward(r.a, r.normed, r.norm, ctx.child(1));
@@ -67,6 +70,11 @@ struct decoder_block {
   }
   void backward(matrix_view<const S> x, memory_view<S> m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dm, gradient& g,
                 const context& ctx) const {
+    detail::check_rows(who, "dy", *this, x, dy, ctx);
+    require_shape(who, "dx", dx, x.rows(), x.cols());
+    require_shape(who, "dm", dm, m.x.rows(), m.x.cols());
+    check_gradient(who, *this, g);
+    for (const matrix<S>* h : {&r.a, &r.normed, &r.b}) recorded(who, *h, x.rows(), x.cols());
     const scratch<S> db(ctx, x.rows(), x.cols()), dc(ctx, x.rows(), x.cols()), dn(ctx, x.rows(), x.cols()), da(ctx, x.rows(), x.cols());
     feed.backward(r.b, r.feed, dy, db, g.feed, ctx.child(4));
     dropout_gradient none;
@@ -118,6 +126,7 @@ struct decoder_block {
   }
 
  private:
+  static constexpr const char* who = "decoder_block";
   using dropout_gradient = gradient_of<dropout<S>>;
 };
 

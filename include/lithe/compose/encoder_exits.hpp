@@ -92,16 +92,20 @@ struct encoder_exits {
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t B = check(x, ctx), N = exits();
-    require<state_error>(r.first.rows() == N * B, "encoder_exits: the record is of another call");
+    require_shape("encoder_exits", "dlogits", dlogits, N * B, classes());
+    require_shape("encoder_exits", "dx", dx, x.rows(), x.cols());
+    check_gradient("encoder_exits", *this, g);
+    recorded("encoder_exits", r.first, N * B, x.cols());
+    recorded("encoder_exits", r.pooled, N * B, x.cols());
     const scratch<S> dstates(ctx, N * x.rows(), x.cols()), dpooled(ctx, B, x.cols()), dfirst(ctx, B, x.cols());
     dstates.map().setZero();
     for (index_t n = 1; n <= N; ++n) {
       const index_t at = (n - 1) * B;
       const auto pooled = matrix_view<const S>(r.pooled).slice_rows(at, B);
       const auto i = static_cast<std::size_t>(n - 1), p = poolers.size() == 1 ? 0 : i;
-      classifiers[i].backward(pooled, {}, dlogits.slice_rows(at, B), dpooled, g.classifiers[i], ctx);
+      classifiers[i].backward(pooled, {}, dlogits.slice_rows(at, B), dpooled, g.classifiers[i], ctx.position_wise());
       for (index_t b = 0; b < B; ++b) dpooled.view().row_array(b) *= S(1) - pooled.row_array(b).square();
-      poolers[p].backward(matrix_view<const S>(r.first).slice_rows(at, B), {}, dpooled, dfirst, g.poolers[p], ctx);
+      poolers[p].backward(matrix_view<const S>(r.first).slice_rows(at, B), {}, dpooled, dfirst, g.poolers[p], ctx.position_wise());
       for (index_t b = 0; b < B; ++b) dstates.view().row_array((n - 1) * x.rows() + ctx.rows.begin(b)) = dfirst.view().row_array(b);
     }
     stack.backward(x, nothing{}, r.stack, dstates, dx, nothing{}, g.stack, ctx);
@@ -163,15 +167,15 @@ struct encoder_exits {
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
     f("blocks", s.stack, rest.stack...);
-    for (std::size_t i = 0; i < s.poolers.size(); ++i)
-      f(s.poolers.size() == 1 ? std::string("pooler") : concat("poolers.", i + 1), s.poolers[i], rest.poolers[i]...);
-    for (std::size_t i = 0; i < s.classifiers.size(); ++i) f(concat("classifiers.", i + 1), s.classifiers[i], rest.classifiers[i]...);
+    const auto pooler = [&](std::size_t i) { return s.poolers.size() == 1 ? std::string("pooler") : "poolers." + std::to_string(i + 1); };
+    visit_parts(f, pooler, s.poolers, rest.poolers...);
+    visit_parts(f, [](std::size_t i) { return "classifiers." + std::to_string(i + 1); }, s.classifiers, rest.classifiers...);
   }
 
  private:
   index_t check(matrix_view<const S> x, const context& ctx) const {
     stack.output_shape(x);
-    ctx.rows.check("encoder_exits", x.rows());
+    ctx.check("encoder_exits", x.rows());
     for (index_t s = 0; s < ctx.rows.count(); ++s)
       require<shape_error>(ctx.rows.end(s, x.rows()) > ctx.rows.begin(s) || (x.rows() == 0 && ctx.rows.offsets.empty()),
                            "encoder_exits: expected at least 1 row in sequence ", s, ", got none");
@@ -182,9 +186,9 @@ struct encoder_exits {
   }
   void answer(index_t n, matrix_view<const S> first, matrix_view<S> pooled, matrix_view<S> logits, const context& ctx) const {
     const auto i = static_cast<std::size_t>(n - 1);
-    poolers[poolers.size() == 1 ? 0 : i].forward(first, pooled, ctx);
+    poolers[poolers.size() == 1 ? 0 : i].forward(first, pooled, ctx.position_wise());
     for (index_t s = 0; s < pooled.rows(); ++s) pooled.row_array(s) = pooled.row_array(s).tanh();
-    classifiers[i].forward(pooled, logits, ctx);
+    classifiers[i].forward(pooled, logits, ctx.position_wise());
   }
   [[nodiscard]] bool leaves(index_t n, const S* now, const S* before, index_t& agreed, const encoder_exit_rule& rule) const {
     const index_t V = classes();

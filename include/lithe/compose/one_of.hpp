@@ -45,6 +45,8 @@ struct one_of {
     });
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("one_of", *this, x, dy, dx, g, ctx);
+    check_kind(r);
     active([&]<std::size_t I>(const auto& b) { b.backward(x, std::get<I>(r.value), dy, dx, std::get<I>(g.value), ctx); });
   }
   void forward_in_place(matrix_view<S> xy, record* r, const context& ctx) const requires(reversible_block<B> && ...) {
@@ -54,6 +56,8 @@ struct one_of {
     });
   }
   void reverse(matrix_view<S> xy, matrix_view<S> dxy, const record& r, gradient& g, const context& ctx) const requires(reversible_block<B> && ...) {
+    check_gradient("one_of", *this, g);
+    check_kind(r);
     active([&]<std::size_t I>(const auto& b) { b.reverse(xy, dxy, std::get<I>(r.value), std::get<I>(g.value), ctx); });
   }
 
@@ -80,10 +84,19 @@ struct one_of {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
+    const auto alike = [&](const auto& other) {
+      require<unmatched_parts>(other.value.index() == s.value.index(), "expected a gradient or copy of kind ", s.value.index(),
+                               ", as make_gradient makes it, got one of kind ", other.value.index());
+    };
+    (alike(rest), ...);
     at(s.value.index(), [&]<std::size_t I>() { f("", std::get<I>(s.value), std::get<I>(rest.value)...); });
   }
 
  private:
+  void check_kind(const record& r) const {
+    require<state_error>(r.value.index() == value.index(), "one_of: the record is of another call, or was never filled: expected one of kind ", value.index(),
+                         ", got ", r.value.index());
+  }
   template <class F>
   static void at(std::size_t index, F&& f) {
     [&]<std::size_t... I>(std::index_sequence<I...>) {

@@ -61,6 +61,7 @@ struct pre_norm {
   }
   /// y += f(x) and, for reversible blocks, back (see `fused_part`). Beside what the inner layer needs: [T x D] forwards, twice that back.
   void add_to(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const requires fused_part<Inner> {
+    check_forward(who, *this, x, y, ctx);
     const scratch<S> h(ctx, x.rows(), x.cols());
     norm.forward(x, h, ctx.child(0));
     inner.add_to(h, y, r.inner, ctx.child(1));
@@ -68,6 +69,8 @@ struct pre_norm {
   /// y -= f(x), dx += f'(x)ᵀ dy, g is added to, with the choices of the record (lithe::fused_part).
   void reverse(matrix_view<const S> x, matrix_view<S> y, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                const context& ctx) const requires fused_part<Inner> {
+    check_forward(who, *this, x, y, ctx);
+    check_backward(who, *this, x, dy, dx, g, ctx);
     const scratch<S> h(ctx, x.rows(), x.cols()), dh(ctx, x.rows(), x.cols());
     record_of<Norm> statistics;
     norm.forward(x, h, statistics, ctx.child(0));
@@ -101,15 +104,18 @@ struct pre_norm {
   }
 
  private:
+  static constexpr const char* who = "pre_norm";
   using conditioning = detail::conditioning<S>;
 
   void run(matrix_view<const S> x, const conditioning& m, matrix_view<S> y, const context& ctx) const {
+    detail::check_rows(who, "y", *this, x, y, ctx);
     const scratch<S> h(ctx, x.rows(), x.cols());
     norm.forward(x, h, ctx.child(0));
     detail::forward_part<Inner, S>(inner, h, m, y, ctx.child(1));
     drop.forward(y, y, ctx.child(2));
   }
   void run(matrix_view<const S> x, const conditioning& m, matrix_view<S> y, record& r, const context& ctx) const {
+    detail::check_rows(who, "y", *this, x, y, ctx);
     r.normed.resize(x.rows(), x.cols());
     norm.forward(x, r.normed, r.norm, ctx.child(0));
     detail::forward_part<Inner, S>(inner, r.normed, m, y, r.inner, ctx.child(1));
@@ -117,6 +123,10 @@ struct pre_norm {
   }
   void run_back(matrix_view<const S> x, const conditioning& m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                 const context& ctx) const {
+    detail::check_rows(who, "dy", *this, x, dy, ctx);
+    require_shape(who, "dx", dx, x.rows(), x.cols());
+    check_gradient(who, *this, g);
+    recorded(who, r.normed, x.rows(), x.cols());
     const scratch<S> d(ctx, dy.rows(), ctx.train && drop.rate > 0 ? dy.cols() : 0), dn(ctx, x.rows(), x.cols());
     typename dropout<S>::gradient none;
     if (d.cols() != 0) {

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -28,16 +29,17 @@ struct residual {
     return out;
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    output_shape(x);
+    check_forward("residual", *this, x, y, ctx);
     inner.forward(x, y, ctx);
     add<S>(x, y, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    output_shape(x);
+    check_forward("residual", *this, x, y, ctx);
     inner.forward(x, y, r, ctx);
     add<S>(x, y, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("residual", *this, x, dy, dx, g, ctx);
     inner.backward(x, r, dy, dx, g.inner, ctx);
     add<S>(dy, dx, ctx);
   }

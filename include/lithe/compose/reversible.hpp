@@ -31,6 +31,7 @@ struct reversible {
   struct record {
     std::tuple<std::vector<record_of<F>>...> parts;  // of each chunk
     std::uint64_t key = 0;
+    index_t rows = -1;  // of the call
   };
   struct gradient {
     std::tuple<gradient_of<F>...> parts;
@@ -118,6 +119,13 @@ struct reversible {
   }
 
  private:
+  static constexpr const char* who = "reversible";
+  void check_record(index_t rows, const record& r) const {
+    require<state_error>(r.rows == rows, who, ": the record is of another call, or was never filled: expected ", rows, " rows, got ", r.rows);
+    each([&]<std::size_t I>() {
+      recorded(who, std::get<I>(r.parts), detail::count_chunks<std::tuple_element_t<I, std::tuple<F...>>>(rows, chunk));
+    });
+  }
   using conditioning = detail::conditioning<S>;
 
   template <class V>
@@ -144,9 +152,13 @@ struct reversible {
 
   void run(matrix_view<S> xy, const conditioning& m, record* r, const context& ctx) const {
     output_shape(xy);
+    ctx.check(who, xy.rows());
     require<config_error>(!ctx.train || !has_batch_norm(), "reversible: batch norm cannot train inside a reversible block, whose rows are computed again "
                           "from rounded inputs and in chunks; use layer norm");
-    if (r != nullptr) r->key = ctx.key.value;
+    if (r != nullptr) {
+      r->key = ctx.key.value;
+      r->rows = xy.rows();
+    }
     each([&]<std::size_t I>() {
       detail::add_part<std::tuple_element_t<I, std::tuple<F...>>, S>(std::get<I>(parts), stream<I + 1>(xy), m, stream<I>(xy),
                                                                      r == nullptr ? nullptr : &std::get<I>(r->parts), chunk, ctx.child(I));
@@ -155,7 +167,10 @@ struct reversible {
   }
   void run_back(matrix_view<S> xy, const conditioning& m, matrix_view<S> dxy, const record& r, gradient& g, const context& ctx) const {
     output_shape(xy);
-    require_shape("reversible", "dxy", dxy, xy.rows(), xy.cols());
+    require_shape(who, "dxy", dxy, xy.rows(), xy.cols());
+    ctx.check(who, xy.rows());
+    check_gradient(who, *this, g);
+    check_record(xy.rows(), r);
     const context c = replaying(r, ctx);
     swap_streams(xy, ctx);
     swap_streams(dxy, ctx);
@@ -166,13 +181,16 @@ struct reversible {
     });
   }
   void copy_forward(matrix_view<const S> x, const conditioning& m, matrix_view<S> y, record* r, const context& ctx) const {
-    require_shape("reversible", "y", y, x.rows(), x.cols());
+    detail::check_rows(who, "y", *this, x, y, ctx);
     copy<S>(x, y, ctx);
     run(y, m, r, ctx);
   }
   void copy_backward(matrix_view<const S> x, const conditioning& m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                      const context& ctx) const {
-    require_shape("reversible", "dx", dx, x.rows(), x.cols());
+    detail::check_rows(who, "dy", *this, x, dy, ctx);
+    require_shape(who, "dx", dx, x.rows(), x.cols());
+    check_gradient(who, *this, g);
+    check_record(x.rows(), r);
     const scratch<S> xy(ctx, x.rows(), x.cols());
     record again = r;
     copy<S>(x, xy, ctx);

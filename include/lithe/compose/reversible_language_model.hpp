@@ -51,18 +51,22 @@ struct reversible_language_model {
   shape output_shape(input_type ids) const { return head.output_shape(matrix_view<const S>(nullptr, words.output_shape(ids).rows, 2 * features())); }
 
   void forward(input_type ids, matrix_view<S> y, const context& ctx) const {
+    check_forward(who, *this, ids, y, ctx);
     const scratch<S> xy(ctx, output_shape(ids).rows, 2 * features());
     embed(ids, xy, ctx);
     blocks.forward_in_place(xy, nullptr, ctx.child(block_child));
     head.forward(xy, y, ctx.child(head_child));
   }
   void forward(input_type ids, matrix_view<S> y, record& r, const context& ctx) const {
+    check_forward(who, *this, ids, y, ctx);
     r.streams.resize(output_shape(ids).rows, 2 * features());
     embed(ids, r.streams, ctx);
     blocks.forward_in_place(r.streams, &r.blocks, ctx.child(block_child));
     head.forward(r.streams, y, r.head, ctx.child(head_child));
   }
   void backward(input_type ids, const record& r, matrix_view<const S> dy, nothing, gradient& g, const context& ctx) const {
+    check_backward(who, *this, ids, dy, {}, g, ctx);
+    recorded(who, r.streams, output_shape(ids).rows, 2 * features());
     const scratch<S> xy(ctx, r.streams.rows(), r.streams.cols()), dxy(ctx, r.streams.rows(), r.streams.cols());
     head.backward(r.streams, r.head, dy, dxy, g.head, ctx.child(head_child));
     copy<S>(r.streams, xy, ctx);
@@ -87,7 +91,7 @@ struct reversible_language_model {
     add<S>(other, de, ctx);
     positions.backward(de, {}, de, other, g.positions, ctx.child(1));
     typename dropout<S>::gradient none;
-    drop.backward(other, {ctx.child(0).key.value}, other, other, none, ctx.child(0));
+    drop.backward(other, {ctx.child(0).key.value, other.rows()}, other, other, none, ctx.child(0));
     words.backward(ids, {}, other, nothing{}, g.words, ctx);
   }
 
@@ -126,6 +130,7 @@ struct reversible_language_model {
   }
 
  private:
+  static constexpr const char* who = "reversible_language_model";
   static std::pair<matrix_view<S>, matrix_view<S>> streams(matrix_view<S> xy) {
     return {xy.slice_cols(0, xy.cols() / 2), xy.slice_cols(xy.cols() / 2, xy.cols() / 2)};
   }

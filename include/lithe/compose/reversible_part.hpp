@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/norms.hpp"
 
 // T tokens, D features of one stream

@@ -36,9 +36,9 @@ struct reversible_stack {
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const requires(!conditioned) { copy_forward(x, y, nullptr, ctx); }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const requires(!conditioned) { copy_forward(x, y, &r, ctx); }
-  void backward(matrix_view<const S>, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const
+  void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const
       requires(!conditioned) {
-    copy_backward(r, dy, dx, g, ctx);
+    copy_backward(x, r, dy, dx, g, ctx);
   }
   /// r: null or the blocks' records alone; its `output` is not touched.
   void forward_in_place(matrix_view<S> xy, record* r, const context& ctx) const requires(!conditioned) { run(xy, r, ctx); }
@@ -53,9 +53,9 @@ struct reversible_stack {
   void forward(matrix_view<const S> x, memory_view<S> m, matrix_view<S> y, record& r, const context& ctx) const requires conditioned {
     copy_forward(x, y, &r, ctx, m);
   }
-  void backward(matrix_view<const S>, memory_view<S> m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dm, gradient& g,
+  void backward(matrix_view<const S> x, memory_view<S> m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dm, gradient& g,
                 const context& ctx) const requires conditioned {
-    copy_backward(r, dy, dx, g, ctx, m, dm);
+    copy_backward(x, r, dy, dx, g, ctx, m, dm);
   }
   void forward_in_place(matrix_view<S> xy, memory_view<S> m, record* r, const context& ctx) const requires conditioned { run(xy, r, ctx, m); }
   void reverse(matrix_view<S> xy, memory_view<S> m, matrix_view<S> dxy, matrix_view<S> dm, const record& r, gradient& g, const context& ctx) const
@@ -90,19 +90,24 @@ struct reversible_stack {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.blocks.size(); ++i) f(std::to_string(i), s.blocks[i], rest.blocks[i]...);
+    visit_parts(f, [](std::size_t i) { return std::to_string(i); }, s.blocks, rest.blocks...);
   }
 
  private:
+  static constexpr const char* who = "reversible_stack";
+
   // m... is nothing, or the memory (and its gradient).
   void run(matrix_view<S> xy, record* r, const context& ctx, const auto&... m) const {
     output_shape(xy);
+    ctx.check(who, xy.rows());
     if (r != nullptr) r->blocks.resize(blocks.size());
     for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].forward_in_place(xy, m..., r == nullptr ? nullptr : &r->blocks[i], ctx.child(i));
   }
   void run_back(matrix_view<S> xy, matrix_view<S> dxy, const record& r, gradient& g, const context& ctx, const auto&... m) const {
-    require<state_error>(r.blocks.size() == blocks.size(), "reversible_stack: expected the record of ", blocks.size(), " blocks, got one of ",
-                         r.blocks.size());
+    require_shape(who, "dxy", dxy, xy.rows(), xy.cols());
+    ctx.check(who, xy.rows());
+    check_gradient(who, *this, g);
+    recorded(who, r.blocks, blocks.size());
     for (std::size_t i = blocks.size(); i-- > 0;) {
       if constexpr (conditioned)
         [&](const auto& memory, const auto& dm) { blocks[i].reverse(xy, memory, dxy, dm, r.blocks[i], g.blocks[i], ctx.child(i)); }(m...);
@@ -111,16 +116,19 @@ struct reversible_stack {
     }
   }
   void copy_forward(matrix_view<const S> x, matrix_view<S> y, record* r, const context& ctx, const auto&... m) const {
-    require_shape("reversible_stack", "y", y, x.rows(), x.cols());
+    detail::check_rows(who, "y", *this, x, y, ctx);
     copy<S>(x, y, ctx);
     run(y, r, ctx, m...);
     if (r == nullptr) return;
     r->output.resize(y.rows(), y.cols());
     copy<S>(y, r->output, ctx);
   }
-  void copy_backward(const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx, const auto&... m) const {
-    require<state_error>(r.output.rows() == dy.rows() && r.output.cols() == dy.cols(), "reversible_stack: expected the record of a forward of shape ",
-                         to_text(dy.rows(), dy.cols()), ", got one of shape ", to_text(r.output.rows(), r.output.cols()));
+  void copy_backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx, const auto&... m) const {
+    detail::check_rows(who, "dy", *this, x, dy, ctx);
+    require_shape(who, "dx", dx, x.rows(), x.cols());
+    check_gradient(who, *this, g);
+    recorded(who, r.output, dy.rows(), dy.cols());
+    recorded(who, r.blocks, blocks.size());
     const scratch<S> xy(ctx, dy.rows(), dy.cols());
     copy<S>(r.output, xy, ctx);
     copy<S>(dy, dx, ctx);

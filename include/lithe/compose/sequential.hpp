@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -41,12 +42,18 @@ struct sequential {
   explicit sequential(L... l) : layers(std::move(l)...) {}
 
   shape output_shape(input_type x) const { return shape_from<1>(std::get<0>(layers).output_shape(x)); }
-  void forward(input_type x, matrix_view<S> y, const context& ctx) const { infer<0>(x, y, ctx); }
+  void forward(input_type x, matrix_view<S> y, const context& ctx) const {
+    check_forward(who, *this, x, y, ctx);
+    infer<0>(x, y, ctx);
+  }
   void forward(input_type x, matrix_view<S> y, record& r, const context& ctx) const {
+    check_forward(who, *this, x, y, ctx);
     r.between.resize(count - 1);
     keep<0>(x, y, r, ctx);
   }
   void backward(input_type x, const record& r, matrix_view<const S> dy, input_gradient_type dx, gradient& g, const context& ctx) const {
+    check_backward(who, *this, x, dy, dx, g, ctx);
+    check_between<1>(std::get<0>(layers).output_shape(x), r);
     back<count - 1>(x, r, dy, dx, g, ctx);
   }
 
@@ -73,6 +80,15 @@ struct sequential {
   }
 
  private:
+  static constexpr const char* who = "sequential";
+
+  template <std::size_t I>
+  void check_between(shape s, const record& r) const {
+    if constexpr (I < count) {
+      const auto in = recorded(who, recorded(who, r.between, count - 1)[I - 1], s.rows, s.cols);
+      check_between<I + 1>(std::get<I>(layers).output_shape(in), r);
+    }
+  }
   template <class F>
   static void each(F&& f) {
     [&]<std::size_t... I>(std::index_sequence<I...>) { (f.template operator()<I>(), ...); }(std::index_sequence_for<L...>{});

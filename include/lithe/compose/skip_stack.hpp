@@ -5,6 +5,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -67,6 +68,7 @@ struct tapped_block {
     forward_tapped(x, y, tap, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
+    check_forward("tapped_block", *this, x, y, ctx);
     r.h.resize(x.rows(), x.cols());
     r.tap.resize(x.rows(), x.cols());
     mix.forward(x, r.h, r.mix, ctx.child(0));
@@ -78,6 +80,7 @@ struct tapped_block {
     backward_tapped(x, r, dy, {}, dx, g, ctx);
   }
   void forward_tapped(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> tap, const context& ctx) const {
+    check_forward("tapped_block", *this, x, y, ctx);
     const scratch<S> h(ctx, x.rows(), x.cols());
     mix.forward(x, h, ctx.child(0));
     norm.forward(h, tap, ctx.child(1));
@@ -87,6 +90,9 @@ struct tapped_block {
   [[nodiscard]] matrix_view<const S> tapped(const record& r) const { return r.tap; }
   void backward_tapped(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<const S> dtap, matrix_view<S> dx, gradient& g,
                        const context& ctx) const {
+    check_backward("tapped_block", *this, x, dy, dx, g, ctx);
+    for (const matrix<S>* m : {&r.h, &r.tap}) recorded("tapped_block", *m, x.rows(), x.cols());
+    if (dtap.data() != nullptr) require_shape("tapped_block", "dtap", dtap, x.rows(), x.cols());
     const scratch<S> d(ctx, x.rows(), x.cols()), dh(ctx, x.rows(), x.cols());
     feed.backward(r.tap, r.feed, dy, d, g.feed, ctx.child(2));
     if (dtap.data() != nullptr) add<S>(dtap, d, ctx);
@@ -232,14 +238,14 @@ struct skip_stack {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    check(x, y);
+    check_forward("skip_stack", *this, x, y, ctx);
     without_record(
         x, y, ctx,
         [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out, matrix_view<S> tap) { blocks[i].forward_tapped(in, out, tap, block_context(i, ctx)); },
         [&](std::size_t u, matrix_view<const S> tap, matrix_view<S> out) { units[u].forward(tap, out, unit_context(u, ctx)); });
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    check(x, y);
+    check_forward("skip_stack", *this, x, y, ctx);
     const std::size_t n = blocks.size();
     r.blocks.resize(n);
     r.units.resize(units.size());
@@ -258,7 +264,11 @@ struct skip_stack {
 
   /// A unit gets the gradient of the stream right after it joined; its dx is added to that of the tap which it read.
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("skip_stack", *this, x, dy, dx, g, ctx);
     const index_t T = x.rows();
+    recorded("skip_stack", r.blocks, blocks.size());
+    recorded("skip_stack", r.units, units.size());
+    for (const matrix<S>& m : recorded("skip_stack", r.between, blocks.empty() ? 0 : blocks.size() - 1)) recorded("skip_stack", m, T, x.cols());
     const scratch<S> d(ctx, T, x.cols()), of_units(ctx, static_cast<index_t>(units.size()) * T, x.cols());
     copy<S>(dy, dx, ctx);
     for (std::size_t i = blocks.size(); i-- > 0;) {
@@ -282,7 +292,7 @@ struct skip_stack {
     return c;
   }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
-    check(x, y);
+    check_forward("skip_stack", *this, x, y, ctx);
     without_record(
         x, y, ctx,
         [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out, matrix_view<S> tap) {
@@ -314,16 +324,12 @@ struct skip_stack {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.blocks.size(); ++i) f("blocks." + std::to_string(i), s.blocks[i], rest.blocks[i]...);
-    for (std::size_t u = 0; u < s.units.size(); ++u) f("units." + std::to_string(u), s.units[u], rest.units[u]...);
+    visit_parts(f, [](std::size_t i) { return "blocks." + std::to_string(i); }, s.blocks, rest.blocks...);
+    visit_parts(f, [](std::size_t u) { return "units." + std::to_string(u); }, s.units, rest.units...);
   }
 
  private:
   [[nodiscard]] index_t count() const { return static_cast<index_t>(blocks.size()); }
-  void check(matrix_view<const S> x, matrix_view<S> y) const {
-    const shape out = output_shape(x);
-    require_shape("skip_stack", "y", y, out.rows, out.cols);
-  }
   static context block_context(std::size_t i, const context& ctx) { return ctx.child(i); }
   [[nodiscard]] context unit_context(std::size_t u, const context& ctx) const { return ctx.child(blocks.size() + u); }
   static matrix_view<const S> input(matrix_view<const S> x, const record& r, std::size_t i) { return i == 0 ? x : matrix_view<const S>(r.between[i - 1]); }

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -36,15 +37,15 @@ struct stack {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    output_shape(x);
+    check_forward("stack", *this, x, y, ctx);
     through(x, y, ctx, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { blocks[i].forward(in, out, ctx.child(i)); });
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    output_shape(x);
+    check_forward("stack", *this, x, y, ctx);
     const std::size_t n = blocks.size();
-    if (n == 0) return copy<S>(x, y, ctx);
     r.blocks.resize(n);
-    r.between.resize(n - 1);
+    r.between.resize(n == 0 ? 0 : n - 1);
+    if (n == 0) return copy<S>(x, y, ctx);
     for (std::size_t i = 0; i < n; ++i) {
       if (i + 1 < n) r.between[i].resize(x.rows(), x.cols());
       blocks[i].forward(i == 0 ? x : matrix_view<const S>(r.between[i - 1]), i + 1 < n ? matrix_view<S>(r.between[i]) : y, r.blocks[i],
@@ -52,7 +53,10 @@ struct stack {
     }
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("stack", *this, x, dy, dx, g, ctx);
     const std::size_t n = blocks.size();
+    recorded("stack", r.blocks, n);
+    for (const matrix<S>& m : recorded("stack", r.between, n == 0 ? 0 : n - 1)) recorded("stack", m, x.rows(), x.cols());
     through(dy, dx, ctx, [&](std::size_t done, matrix_view<const S> d, matrix_view<S> out) {
       const std::size_t i = n - 1 - done;
       blocks[i].backward(i == 0 ? x : matrix_view<const S>(r.between[i - 1]), r.blocks[i], d, out, g.blocks[i], ctx.child(i));
@@ -93,7 +97,7 @@ struct stack {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.blocks.size(); ++i) f(std::to_string(i), s.blocks[i], rest.blocks[i]...);
+    visit_parts(f, [](std::size_t i) { return std::to_string(i); }, s.blocks, rest.blocks...);
   }
 
  private:

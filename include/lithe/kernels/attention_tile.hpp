@@ -179,14 +179,16 @@ void pack_scaled_transposed(matrix_view<const S> source, S* to, S scale) {
 
 /// What a query may see. Every key; the plainest of the masks that the tiles take. `visible(i)`: query i sees the first so many keys
 /// (it does not fall with i); `adjust(i, first, n, scores)`: change the scores of keys first .. first+n-1 (a bias, -inf to hide);
-/// `collect(i, first, n, gradient)`: what backward found for those scores, and may change. A mask that drops weights behind the softmax
-/// also has `drop(i, first, n, factors)`: whether it does, and if so what the weights of those keys are multiplied with.
+/// `hides()`: whether `adjust` may hide a key; `collect(i, first, n, gradient)`: what backward found for those scores, and may change. A mask that
+/// drops weights behind the softmax also has `drop(i, first, n, factors)`: whether it does, and if so what the weights of those keys are multiplied with.
 struct see_all {
   /// Without end: all keys are seen.
   [[nodiscard]] index_t visible(index_t) const { return std::numeric_limits<index_t>::max(); }
   /// Leaves the scores as they are.
   template <class S>
   void adjust(index_t, index_t, index_t, S*) const {}
+  /// Never.
+  [[nodiscard]] bool hides() const { return false; }
   /// Leaves the gradients of the scores as they are.
   template <class S>
   void collect(index_t, index_t, index_t, const S*) const {}
@@ -198,6 +200,29 @@ template <class Mask, class S>
 concept dropping_mask = requires(const Mask& m, index_t i, S* factors) {
   { m.drop(i, i, i, factors) } -> std::same_as<bool>;
 };
+
+/// Whether none of n numbers is a NaN or an infinity.
+template <class S>
+bool all_finite(const S* a, index_t n) {
+  return (Eigen::Map<const Eigen::Array<S, Eigen::Dynamic, 1>>(a, n) * S(0)).sum() == S(0);
+}
+
+/// c = diag(decay) c + a b as `product` has it, row after row and without the terms whose weight is 0: what is hidden stays hidden even if its value is
+/// a NaN or an infinity.
+template <class S>
+void careful_product(index_t m, index_t n, index_t depth, const S* a, index_t lda, const S* b, index_t ldb, S* c, index_t ldc, const S* decay) {
+  using row = Eigen::Map<Eigen::Array<S, Eigen::Dynamic, 1>>;
+  using const_row = Eigen::Map<const Eigen::Array<S, Eigen::Dynamic, 1>>;
+  for (index_t i = 0; i < m; ++i) {
+    row sum(c + i * ldc, n);
+    if (decay == nullptr)
+      sum.setZero();
+    else
+      sum *= decay[i];
+    for (index_t k = 0; k < depth; ++k)
+      if (const S weight = a[i * lda + k]; weight != S(0)) sum += weight * const_row(b + k * ldb, n);
+  }
+}
 
 /// a *= b, n numbers.
 template <class S>
@@ -229,6 +254,8 @@ class key_tile {
   [[nodiscard]] const S* keys() const { return keys_.data(); }
   /// v [N x V], each row filled up to whole packets.
   [[nodiscard]] const S* values() const { return values_.data(); }
+  /// Whether no value is a NaN or an infinity.
+  [[nodiscard]] bool finite() const { return detail::tile::all_finite(values_.data(), count_ * values_.cols()); }
 
  private:
   scratch<S> keys_, values_;
@@ -266,6 +293,7 @@ class query_block {
   template <class Mask>
   void add(const key_tile<S>& tile, index_t first, const Mask& mask) {
     using namespace detail::tile;
+    const bool hidden = mask.hides() || mask.visible(0) - first < tile.count(), careful = hidden && !tile.finite();
     for (index_t i0 = 0; i0 < q_.rows(); i0 += attention_queries) {
       const index_t m = std::min(attention_queries, q_.rows() - i0);
       index_t visible[attention_queries];
@@ -285,8 +313,11 @@ class query_block {
         for (index_t i = 0; i < m; ++i)
           if (visible[i] != 0 && mask.drop(i0 + i, first, visible[i], factors)) scale_by(scores_.row(i), factors, visible[i]);
       }
-      product<S>(m, width_, tile.count(), by_rows<S, score_stride>{scores_.data(), {}}, tile.values(), width_, output_.row(i0), width_, decay,
-                 {.depth_end = visible});
+      if (careful)
+        careful_product(m, width_, tile.count(), scores_.data(), attention_keys, tile.values(), width_, output_.row(i0), width_, decay);
+      else
+        product<S>(m, width_, tile.count(), by_rows<S, score_stride>{scores_.data(), {}}, tile.values(), width_, output_.row(i0), width_, decay,
+                   {.depth_end = visible});
     }
   }
 

@@ -74,8 +74,12 @@ class chunk_attention {
       }
       if (h.dropout > 0) drop(round, base + i, s);
     }
-    detail::tile::product<S>(M, window_.value_stride, window_.width, detail::tile::by_rows<S>{scores_.data(), window_.width}, window_.values.data(),
-                             window_.value_stride, sums_.data(), window_.value_stride);
+    if (window_.finite())
+      detail::tile::product<S>(M, window_.value_stride, window_.width, detail::tile::by_rows<S>{scores_.data(), window_.width}, window_.values.data(),
+                               window_.value_stride, sums_.data(), window_.value_stride);
+    else
+      detail::tile::careful_product<S>(M, window_.value_stride, window_.width, scores_.data(), window_.width, window_.values.data(),
+                                       window_.value_stride, sums_.data(), window_.value_stride, nullptr);
     for (index_t i = 0; i < M; ++i) {
       auto to = o.row_array(window_.tokens[base + i]);
       const auto from = sums_.view().slice_cols(0, o.cols()).row_array(i);

@@ -97,12 +97,13 @@ struct chunk_window {
   scratch<S> factors;
   scratch<position_t> tokens;
   scratch<index_t> counts, rounds;  // of each slot: keys, and the round that they are from
+  scratch<std::uint8_t> finite_slots;    // of each slot: whether its values are
 
   chunk_window(const context& ctx, const chunked_head<S>& h)
       : head(h), slots(h.window()), chunk(tile::round_up<S>(h.chunk)), width(slots * chunk), D(h.q.cols()), query_stride(tile::round_up<S>(D)),
         value_stride(tile::round_up<S>(h.v.cols())), queries(ctx, width, query_stride), keys(ctx, slots * D, chunk), values(ctx, width, value_stride),
         scales(ctx, width), codes(ctx, width), seen_from(ctx, width), hidden(ctx, width), factors(ctx, h.dropout > 0 ? width : 0),
-        tokens(ctx, width), counts(ctx, slots), rounds(ctx, slots) {
+        tokens(ctx, width), counts(ctx, slots), rounds(ctx, slots), finite_slots(ctx, slots) {
     factors.map().setZero();
   }
 
@@ -134,6 +135,7 @@ struct chunk_window {
       std::fill_n(queries.row(j), query_stride, S(0));
       std::fill_n(values.row(j), value_stride, S(0));
     }
+    finite_slots[s] = tile::all_finite(values.row(base), chunk * value_stride);
     pack_transposed(queries.row(base), query_stride, chunk, D, keys.row(s * D), chunk);
     using row = Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>>;
     for (index_t k = 0; k < D; ++k) row(keys.row(s * D + k), chunk) *= row(scales.data() + base, chunk);
@@ -142,6 +144,9 @@ struct chunk_window {
     prefetch(head.v, next.tokens, next.count);
     prefetch(head.scales, next.tokens, next.count);
   }
+
+  /// Whether no value in the window is a NaN or an infinity.
+  [[nodiscard]] bool finite() const { return std::all_of(finite_slots.data(), finite_slots.data() + slots, [](std::uint8_t f) { return f != 0; }); }
 
   /// Brings what m holds of n tokens nearer (to the second-level cache, rows would overrun the first): rows of a matrix or single numbers, of
   /// tokens given or in the ring from row `base` on.
@@ -173,12 +178,13 @@ struct chunk_window {
     if (!head.other_bucket.idle()) hide_other_buckets(round, i, s, live);
     if (head.places.data() != nullptr) count_once(round, i, s);
     const P me = pset1<P>(codes[i]), self = pset1<P>(static_cast<S>(head.self.value)), zero = pset1<P>(S(0));
-    const P keep_hidden = pset1<P>(S(head.hidden.replace ? 0 : 1)), keep_self = pset1<P>(S(head.self.replace ? 0 : 1));
+    const P keep_self = pset1<P>(S(head.self.replace ? 0 : 1));
     P most = pset1<P>(-infinity);
     for (index_t j = 0; j < width; j += tile::lanes<S>) {
       const P hides = pcmp_lt(me, ploadu<P>(seen_from.data() + j)), mine = pcmp_eq(me, ploadu<P>(codes.data() + j));
       P x = ploadu<P>(s + j);
-      x = pselect(hides, pmadd(x, keep_hidden, ploadu<P>(hidden.data() + j)), x);
+      const P kept = head.hidden.replace ? zero : pselect(pcmp_eq(x, x), x, zero);  // a NaN that is hidden stays so
+      x = pselect(hides, padd(kept, ploadu<P>(hidden.data() + j)), x);
       x = pselect(mine, pmadd(x, keep_self, self), x);
       pstoreu(s + j, x);
       most = pmax(most, x);

@@ -22,6 +22,7 @@ namespace detail {
 /// Pieces of about 64 KiB of reads; whole tokens when there are enough of them, so that one worker reads a row from end to end.
 inline index_t gather_grain(index_t tokens, index_t parts, index_t bytes_per_part) {
   const index_t grain = std::max<index_t>(1, (index_t{1} << 16) / std::max<index_t>(1, bytes_per_part));
+  parts = std::max<index_t>(1, parts);  // none: nobody picks anything
   return tokens < 8 ? grain : (grain + parts - 1) / parts * parts;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "lithe/kernels/activation.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -16,11 +17,12 @@ struct activation_layer {
 
   shape output_shape(matrix_view<const S> x) const { return {x.rows(), x.cols()}; }
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    require_shape("activation_layer", "y", y, x.rows(), x.cols());
+    check_forward("activation_layer", *this, x, y, ctx);
     activate<S>(kind, x, y, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record&, const context& ctx) const { forward(x, y, ctx); }
-  void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient&, const context& ctx) const {
+  void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("activation_layer", *this, x, dy, dx, g, ctx);
     activate_backward<S>(kind, x, dy, dx, ctx);
   }
   [[nodiscard]] cost forward_cost(index_t) const { return {}; }

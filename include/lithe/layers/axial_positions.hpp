@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/dropout_factors.hpp"
 #include "lithe/kernels/elementwise.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/initialise.hpp"
@@ -67,6 +68,7 @@ struct axial_positions {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    check_forward(who, *this, x, y, ctx);
     const scratch<index_t> at(ctx, x.rows());
     find_positions(x.rows(), at.span(), nullptr, ctx);
     add_positions(x, y, at.span(), ctx);
@@ -75,11 +77,11 @@ struct axial_positions {
 
   /// dx = dy; dW_k[i] += the sum of the k-th part of dy over all tokens whose k-th digit is i.
   void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    require_shape(who, "dy", dy, x.rows(), output_shape(x).cols);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
-    copy<S>(dy, dx, ctx);
+    check_backward(who, *this, x, dy, dx, g, ctx);
     const scratch<index_t> at(ctx, x.rows());
     find_positions(x.rows(), at.span(), nullptr, ctx);
+    const shown<S> d(dy, ctx);
+    copy<S>(dy, dx, ctx);
     // Each piece has columns of its own, so every sum runs over the tokens in order, whoever does it.
     ctx.exec->run(x.cols(), 64, [&](index_t first, index_t last) {
       const scratch<S> factors(ctx, last - first);
@@ -87,7 +89,7 @@ struct axial_positions {
         if (dropping(ctx)) draw(t, first, last - first, factors.data(), ctx);
         each_part(at[t], first, last, [&](std::size_t k, index_t row, index_t column, index_t begin, index_t n) {
           S* to = &g.weights[k](row, begin - column);
-          const S* from = dy.row(t) + begin;
+          const S* from = d.view().row(t) + begin;
           if (dropping(ctx))
             for (index_t j = 0; j < n; ++j) to[j] += factors[begin - first + j] * from[j];
           else
@@ -122,7 +124,7 @@ struct axial_positions {
   void prepare(gradient& g) const { g.weights.resize(weights.size()); }
   template <class F, class First, class... Rest>
   static void visit(F&& f, First& first, Rest&... rest) {
-    for (std::size_t k = 0; k < first.weights.size(); ++k) f(concat("weights.", k), first.weights[k], rest.weights[k]...);
+    visit_parts(f, [](std::size_t k) { return "weights." + std::to_string(k); }, first.weights, rest.weights...);
   }
 
  private:

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/kernels/gather.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
 #include "lithe/layers/position_cache.hpp"
@@ -46,6 +47,7 @@ struct embedding {
   shape output_shape(input_type ids) const { return {static_cast<index_t>(ids.size()), weight.cols()}; }
 
   void forward(input_type ids, matrix_view<S> y, const context& ctx) const {
+    check_forward("embedding", *this, ids, y, ctx);
     const scratch<slot_t> at(ctx, output_shape(ids).rows);
     find_positions(ids, at.span(), nullptr, ctx);
     look_up(ids, at.span(), y, ctx);
@@ -54,13 +56,15 @@ struct embedding {
 
   /// dE[id_t] += dy_t, dP[position] += dy_t.
   void backward(input_type ids, const record&, matrix_view<const S> dy, nothing, gradient& g, const context& ctx) const {
+    check_backward("embedding", *this, ids, dy, {}, g, ctx);
+    check_tokens(ids);
+    const shown<S> d(dy, ctx);
     const scratch<S> ones(ctx, output_shape(ids).rows);
     const scratch<slot_t> at(ctx, output_shape(ids).rows);
-    std::fill_n(ones.data(), ids.size(), S(1));
-    scatter_add<S>({ids, ones.span(), 1}, dy, g.weight, ctx);
-    if (position.rows() == 0) return;
     find_positions(ids, at.span(), nullptr, ctx);
-    scatter_add<S>({at.span(), ones.span(), 1}, dy, g.position, ctx);
+    std::fill_n(ones.data(), ids.size(), S(1));
+    scatter_add<S>({ids, ones.span(), 1}, d, g.weight, ctx);
+    if (position.rows() > 0) scatter_add<S>({at.span(), ones.span(), 1}, d, g.position, ctx);
   }
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {"embedding", slots, capacity}; }
@@ -89,6 +93,10 @@ struct embedding {
   }
 
  private:
+  void check_tokens(input_type ids) const {
+    for (std::size_t t = 0; t < ids.size(); ++t)
+      require<index_error>(ids[t] >= 0 && ids[t] < weight.rows(), "embedding: token ", ids[t], " in row ", t, " lies outside 0 .. ", weight.rows() - 1);
+  }
   void find_positions(input_type ids, std::span<slot_t> at, cache* c, const context& ctx) const {
     detail::find_positions("embedding", output_shape(ids).rows, c, ctx, at, [&](index_t n) {
       require<index_error>(position.rows() == 0 || n <= position.rows(), "embedding: a sequence of ", n, " tokens is longer than the ", position.rows(),
@@ -98,8 +106,7 @@ struct embedding {
   void look_up(input_type ids, std::span<const slot_t> at, matrix_view<S> y, const context& ctx) const {
     const shape out = output_shape(ids);
     require_shape("embedding", "y", y, out.rows, out.cols);
-    for (std::size_t t = 0; t < ids.size(); ++t)
-      require<index_error>(ids[t] >= 0 && ids[t] < weight.rows(), "embedding: token ", ids[t], " in row ", t, " lies outside 0 .. ", weight.rows() - 1);
+    check_tokens(ids);
     ctx.exec->run(out.rows, detail::grain_rows(out.cols), [&](index_t first, index_t last) {
       for (index_t t = first; t < last; ++t) {
         const auto i = static_cast<std::size_t>(t);

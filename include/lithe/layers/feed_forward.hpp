@@ -50,7 +50,7 @@ struct feed_forward {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
     each_chunk(x.rows(), [&](index_t first, index_t n) {
       const scratch<S> u(ctx, n, up.weight.rows()), v(ctx, gated() ? n : 0, up.weight.rows());
       hidden(x.slice_rows(first, n), u, v, u, ctx.chunk(first, n));
@@ -59,7 +59,7 @@ struct feed_forward {
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
     if (chunk > 0) return forward(x, y, ctx);
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
     const index_t n = x.rows(), width = up.weight.rows();
     r.up.resize(n, width);
     r.gate.resize(gated() ? n : 0, width);
@@ -70,6 +70,11 @@ struct feed_forward {
 
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t width = up.weight.rows();
+    check_backward(who, *this, x, dy, dx, g, ctx);
+    if (chunk == 0) {
+      recorded(who, r.up, x.rows(), width);
+      recorded(who, r.gate, gated() ? x.rows() : 0, width);
+    }
     each_chunk(x.rows(), [&](index_t first, index_t n) {
       const auto xs = x.slice_rows(first, n), dys = dy.slice_rows(first, n);
       const scratch<S> h(ctx, n, width), dh(ctx, n, width), dgate(ctx, gated() ? n : 0, width);
@@ -107,10 +112,8 @@ struct feed_forward {
   }
 
  private:
-  void check(matrix_view<const S> x, matrix_view<S> y) const {
-    const shape out = output_shape(x);
-    require_shape("feed_forward", "y", y, out.rows, out.cols);
-  }
+  static constexpr const char* who = "feed_forward";
+
   template <class F>
   void each_chunk(index_t rows, F&& f) const {
     const index_t step = chunk > 0 ? chunk : std::max<index_t>(1, rows);

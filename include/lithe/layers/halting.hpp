@@ -21,7 +21,7 @@ struct halting_config {
 
 /// The distribution over exits that a model's own states predict (arXiv 1910.10073, section 4.2): x [N T x D] holds the outputs of blocks
 /// 1 .. N one below the other (rows (n-1) T .. n T - 1 are block n's), log_q [T x N]. Geometric: zⁿ = head(hⁿ) for n < N and `stick_breaking`;
-/// multinomial: log softmax(head(h¹)). With one exit log q = 0 and there is no head. Throws config_error, shape_error.
+/// multinomial: log softmax(head(h¹)). With one exit log q = 0 and there is no head. Segments and mask are those of the T tokens. Throws config_error, shape_error.
 template <std::floating_point S>
 struct halting {
   using scalar = S;
@@ -60,35 +60,44 @@ struct halting {
     return {x.rows() / exits, exits};
   }
   void forward(matrix_view<const S> x, matrix_view<S> log_q, const context& ctx) const {
-    const index_t T = checked(x, log_q);
+    const index_t T = checked(x, log_q, ctx);
     const scratch<S> z(ctx, geometric() ? exits - 1 : 0, T);
     run(
-        x, z.view(), log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, ctx); }, ctx);
+        x, z.view(), log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, ctx.position_wise()); }, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> log_q, record& r, const context& ctx) const {
-    const index_t T = checked(x, log_q);
+    const index_t T = checked(x, log_q, ctx);
+    const regrouped by_state(ctx, x.rows(), [T](index_t i) { return i % T; });
     r.heads.resize(heads.size());
     geometric() ? r.signals.resize(exits - 1, T) : r.signals.resize(T, exits);
     run(
-        x, r.signals, log_q, [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { heads[i].forward(in, out, r.heads[i], ctx); }, ctx);
+        x, r.signals, log_q,
+        [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) {
+          heads[i].forward(in, out, r.heads[i], by_state.ctx(static_cast<index_t>(i) * T, in.rows()));
+        },
+        ctx);
     if (!geometric()) r.signals = log_q.map();
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlog_q, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    const index_t T = checked(x, dlog_q);
-    require<state_error>(r.signals.rows() == (geometric() ? exits - 1 : T) && r.heads.size() == heads.size(),
-                         "halting: the record is of another call");
+    const index_t T = checked(x, dlog_q, ctx);
+    require_shape("halting", "dx", dx, x.rows(), x.cols());
+    check_gradient("halting", *this, g);
+    recorded("halting", r.heads, heads.size());
+    recorded("halting", r.signals, geometric() ? exits - 1 : T, geometric() ? T : exits);
     dx.map().setZero();
     if (heads.empty()) return;
     const scratch<S> dz(ctx, T, exits);
+    const regrouped by_state(ctx, x.rows(), [T](index_t i) { return i % T; });
     if (geometric()) {
       const matrix_view<S> d(dz.data(), exits - 1, T);
       stick_breaking_backward<S>(r.signals, dlog_q, d, ctx);
       each_head(T, [&](std::size_t i, index_t first, index_t n) {
-        heads[i].backward(x.slice_rows(first, n), r.heads[i], matrix_view<S>(dz.data() + first, n, 1), dx.slice_rows(first, n), g.heads[i], ctx);
+        heads[i].backward(x.slice_rows(first, n), r.heads[i], matrix_view<S>(dz.data() + first, n, 1), dx.slice_rows(first, n), g.heads[i],
+                          by_state.ctx(first, n));
       });
     } else {
       multinomial_exits_backward<S>(r.signals, dlog_q, dz, ctx);
-      heads[0].backward(x.slice_rows(0, T), r.heads[0], dz, dx.slice_rows(0, T), g.heads[0], ctx);
+      heads[0].backward(x.slice_rows(0, T), r.heads[0], dz, dx.slice_rows(0, T), g.heads[0], by_state.ctx(0, T));
     }
   }
 
@@ -99,14 +108,15 @@ struct halting {
   }
   template <class F, class First, class... Rest>
   static void visit(F&& f, First& s, Rest&... rest) {
-    for (std::size_t i = 0; i < s.heads.size(); ++i) f(s.heads.size() == 1 ? std::string() : std::to_string(i + 1), s.heads[i], rest.heads[i]...);
+    visit_parts(f, [&](std::size_t i) { return s.heads.size() == 1 ? std::string() : std::to_string(i + 1); }, s.heads, rest.heads...);
   }
 
  private:
   template <class T>
-  index_t checked(matrix_view<const S> x, matrix_view<T> log_q) const {
+  index_t checked(matrix_view<const S> x, matrix_view<T> log_q, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape("halting", "log q", log_q, out.rows, out.cols);
+    ctx.check("halting", out.rows);
     return out.rows;
   }
   /// f(head, first row of x, rows) for the rows that each head of a geometric distribution reads.

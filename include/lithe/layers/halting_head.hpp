@@ -50,7 +50,7 @@ struct halting_head {
     return {x.rows(), output.weight.rows()};
   }
   void forward(matrix_view<const S> x, matrix_view<S> z, const context& ctx) const {
-    output_shape(x);
+    check_forward("halting_head", *this, x, z, ctx);
     const index_t T = hidden.empty() ? 0 : x.rows();
     const scratch<S> a(ctx, T, x.cols()), b(ctx, hidden.size() > 1 ? T : 0, x.cols());
     matrix_view<const S> u = x;
@@ -63,7 +63,7 @@ struct halting_head {
     output.forward(u, z, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> z, record& r, const context& ctx) const {
-    output_shape(x);
+    check_forward("halting_head", *this, x, z, ctx);
     r.hidden.resize(hidden.size());
     for (std::size_t i = 0; i < hidden.size(); ++i) {
       r.hidden[i].resize(x.rows(), x.cols());
@@ -73,6 +73,8 @@ struct halting_head {
     output.forward(input(x, r, hidden.size()), z, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dz, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("halting_head", *this, x, dz, dx, g, ctx);
+    for (const matrix<S>& u : recorded("halting_head", r.hidden, hidden.size())) recorded("halting_head", u, x.rows(), x.cols());
     const scratch<S> d(ctx, hidden.empty() ? 0 : x.rows(), x.cols());
     output.backward(input(x, r, hidden.size()), {}, dz, dx, g.output, ctx);
     for (std::size_t i = hidden.size(); i-- > 0;) {
@@ -88,7 +90,7 @@ struct halting_head {
   }
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.hidden.size(); ++i) f("hidden." + std::to_string(i), s.hidden[i], rest.hidden[i]...);
+    visit_parts(f, [](std::size_t i) { return "hidden." + std::to_string(i); }, s.hidden, rest.hidden...);
     f("output", s.output, rest.output...);
   }
 

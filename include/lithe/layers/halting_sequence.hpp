@@ -31,22 +31,25 @@ struct sequence_halting {
   void forward(matrix_view<const S> x, matrix_view<S> log_q, const context& ctx) const {
     const scratch<S> mean(ctx, checked(x, log_q, ctx), x.cols());
     average(x, mean, ctx);
-    head.forward(mean, log_q, ctx);
+    head.forward(mean, log_q, ctx.position_wise());
     multinomial_exits<S>(log_q, log_q, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> log_q, record& r, const context& ctx) const {
     r.mean.resize(checked(x, log_q, ctx), x.cols());
     average(x, r.mean, ctx);
-    head.forward(r.mean, log_q, r.head, ctx);
+    head.forward(r.mean, log_q, r.head, ctx.position_wise());
     multinomial_exits<S>(log_q, log_q, ctx);
     r.log_q = log_q.map();
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlog_q, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t B = checked(x, dlog_q, ctx);
-    require<state_error>(r.log_q.rows() == B, "sequence_halting: the record is of another call");
+    require_shape("sequence_halting", "dx", dx, x.rows(), x.cols());
+    check_gradient("sequence_halting", *this, g);
+    recorded("sequence_halting", r.log_q, B, dlog_q.cols());
+    recorded("sequence_halting", r.mean, B, x.cols());
     const scratch<S> dlogits(ctx, B, dlog_q.cols()), ds(ctx, B, x.cols());
     multinomial_exits_backward<S>(r.log_q, dlog_q, dlogits, ctx);
-    head.backward(r.mean, r.head, dlogits, ds, g.head, ctx);
+    head.backward(r.mean, r.head, dlogits, ds, g.head, ctx.position_wise());
     for (index_t b = 0; b < B; ++b) {
       const S share = S(1) / static_cast<S>(real_rows(x.rows(), b, ctx));
       for (index_t t = ctx.rows.begin(b); t < ctx.rows.end(b, x.rows()); ++t) {

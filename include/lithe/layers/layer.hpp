@@ -73,6 +73,23 @@ struct cache<L> {
 
 }  // namespace detail
 
+/// Structs that are walked in lockstep hold different parts: most often a gradient that `make_gradient` did not make.
+struct unmatched_parts : state_error {
+  using state_error::state_error;
+};
+
+/// f(name(i), first[i], rest[i]...) for the parts that a layer and its gradients or copies hold in vectors: what `visit` is written with. Throws
+/// unmatched_parts unless all of them hold equally many.
+template <class F, class Name, class First, class... Rest>
+void visit_parts(F&& f, Name&& name, First& first, Rest&... rest) {
+  const auto alike = [&](const auto& other) {
+    require<unmatched_parts>(other.size() == first.size(), "expected a gradient or copy of ", first.size(), " parts, as make_gradient makes it, got one of ",
+                             other.size());
+  };
+  (alike(rest), ...);
+  for (std::size_t i = 0; i < first.size(); ++i) f(name(i), first[i], rest[i]...);
+}
+
 template <class L>
 using record_of = typename L::record;
 template <class L>

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/elementwise.hpp"
 #include "lithe/kernels/gemm.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
 
@@ -43,8 +44,7 @@ struct linear {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape("linear", "y", y, out.rows, out.cols);
+    check_forward("linear", *this, x, y, ctx);
     const S* start = bias.size() != 0 ? bias.data() : nullptr;
     if (packed.empty())
       gemm_nt<S>(x, weight, y, ctx, update::assign, start);
@@ -55,18 +55,21 @@ struct linear {
 
   /// dx = dy W, dW += dyᵀ x, db += Σ dy.
   void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("linear", *this, x, dy, dx, g, ctx);
     gemm_nn<S>(dy, weight, dx, ctx);
-    add_gradient(x, dy, g, ctx);
+    add(x, dy, g, ctx);
   }
   /// The same, but dx += dy W: for inputs that several products read.
   void add_backward(matrix_view<const S> x, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("linear", *this, x, dy, dx, g, ctx);
     gemm_nn<S>(dy, weight, dx, ctx, update::add);
-    add_gradient(x, dy, g, ctx);
+    add(x, dy, g, ctx);
   }
   /// The parameters' part alone, for inputs that need no gradient.
   void add_gradient(matrix_view<const S> x, matrix_view<const S> dy, gradient& g, const context& ctx) const {
-    gemm_tn<S>(dy, x, g.weight, ctx, update::add);
-    if (bias.size() != 0) add_row_sums<S>(dy, g.bias, ctx);
+    detail::check_rows("linear", "dy", *this, x, dy, ctx);
+    check_gradient("linear", *this, g);
+    add(x, dy, g, ctx);
   }
 
   void prepack() { packed.assign(weight); }
@@ -84,6 +87,13 @@ struct linear {
   static void visit(F&& f, T&... s) {
     f("weight", s.weight...);
     f("bias", s.bias...);
+  }
+
+ private:
+  void add(matrix_view<const S> x, matrix_view<const S> dy, gradient& g, const context& ctx) const {
+    const shown<S> in(x, ctx), d(dy, ctx);
+    gemm_tn<S>(d, in, g.weight, ctx, update::add);
+    if (bias.size() != 0) add_row_sums<S>(d, g.bias, ctx);
   }
 };
 

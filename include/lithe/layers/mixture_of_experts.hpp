@@ -110,7 +110,7 @@ struct mixture_of_experts {
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
     const index_t T = x.rows(), A = T * config.top_k;
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
     const scratch<slot_t> routes(ctx, T, config.top_k);
     const scratch<S> p(ctx, T, config.experts), log_sum(ctx, T, 1), u(ctx, A, config.hidden), v(ctx, config.gated ? A : 0, config.hidden);
     const scratch<S> read(ctx, A, config.features);
@@ -121,9 +121,8 @@ struct mixture_of_experts {
 
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
     const index_t T = x.rows(), A = T * config.top_k;
-    check(x, y);
-    require<state_error>(!ctx.replay || r.routes.value.rows() == T, "mixture_of_experts: replay needs the routes of a recorded forward over the same ", T,
-                         " tokens, got ", r.routes.value.rows());
+    check_forward(who, *this, x, y, ctx);
+    if (ctx.replay) recorded_slots(who, r.routes.value, T, config.top_k, config.experts);
     r.probabilities.resize(T, config.experts);
     r.log_sum.resize(T, 1);
     r.up.resize(A, config.hidden);
@@ -143,7 +142,13 @@ struct mixture_of_experts {
   /// 2 c_z logsumexp(s) p_e / N to ds; ds = p ⊙ (dp - <p, dp>). Expert e gets w_e dy.
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t T = x.rows(), D = config.features, E = config.experts, K = config.top_k, A = T * K;
-    const matrix_view<const slot_t> routes = r.routes.value;
+    check_backward(who, *this, x, dy, dx, g, ctx);
+    const matrix_view<const slot_t> routes = recorded_slots(who, r.routes.value, T, K, E);
+    recorded(who, r.probabilities, T, E);
+    recorded(who, r.log_sum, T, 1);
+    recorded(who, r.up, A, config.hidden);
+    recorded(who, r.gate, config.gated ? A : 0, config.hidden);
+    recorded(who, r.read, A, D);
     const detail::grouped_routes groups(routes, E, ctx);
     const scratch<S> dw(ctx, T, K), ds(ctx, T, E), weights(ctx, T, K);
     row_dots<S>(r.read, groups.place.span(), K, dy, dw.span(), ctx);
@@ -214,12 +219,9 @@ struct mixture_of_experts {
   }
 
  private:
+  static constexpr const char* who = "mixture_of_experts";
   static constexpr index_t block = 256;  // rows of a weight: one token through one expert is then work for several workers
 
-  void check(matrix_view<const S> x, matrix_view<S> y) const {
-    const shape out = output_shape(x);
-    require_shape("mixture_of_experts", "y", y, out.rows, out.cols);
-  }
   /// The part of stacked weights (or of their gradient) that belongs to an expert.
   template <class E>
   matrix_view<E> of_expert(matrix_view<E> stacked, index_t e) const {

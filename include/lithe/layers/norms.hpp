@@ -1,6 +1,7 @@
 #pragma once
 
 #include "lithe/kernels/norm.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -34,15 +35,19 @@ struct row_norm {
     return {x.rows(), x.cols()};
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    check_forward(name, *this, x, y, ctx);
     const scratch<S> statistics(ctx, x.rows(), 2);
-    run(x, y, statistics, ctx);
+    normalise_rows<S>(x, weight, bias, epsilon, Centred, y, statistics, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
+    check_forward(name, *this, x, y, ctx);
     r.statistics.resize(x.rows(), 2);
-    run(x, y, r.statistics, ctx);
+    normalise_rows<S>(shown<S>(x, ctx), weight, bias, epsilon, Centred, y, r.statistics, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    normalise_rows_backward<S>(x, weight, Centred, r.statistics, dy, dx, g.weight, g.bias, ctx);
+    check_backward(name, *this, x, dy, dx, g, ctx);
+    const auto statistics = recorded(name, r.statistics, x.rows(), 2);
+    normalise_rows_backward<S>(shown<S>(x, ctx), weight, Centred, statistics, shown<S>(dy, ctx), dx, g.weight, g.bias, ctx);
   }
   [[nodiscard]] cost forward_cost(index_t) const {
     const double n = static_cast<double>(weight.size() + bias.size());
@@ -52,13 +57,6 @@ struct row_norm {
   static void visit(F&& f, T&... s) {
     f("weight", s.weight...);
     f("bias", s.bias...);
-  }
-
- private:
-  void run(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> statistics, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape(name, "y", y, out.rows, out.cols);
-    normalise_rows<S>(x, weight, bias, epsilon, Centred, y, statistics, ctx);
   }
 };
 
@@ -88,6 +86,7 @@ struct batch_norm {
   struct record {
     matrix<S> statistics;  // [2 x D]: mean, inverse deviation
     index_t counted = 0;   // rows in them; 0 = running statistics
+    index_t rows = 0;      // of the call
   };
   struct gradient {
     matrix<S> weight, bias, running_mean, running_var;
@@ -118,9 +117,13 @@ struct batch_norm {
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
     r.statistics.resize(2, weight.cols());
     r.counted = run(x, y, r.statistics, ctx);
+    r.rows = x.rows();
   }
   /// Training: dx = weight ρ (dy - mean(dy) - ẑ mean(dy ⊙ ẑ)) over the counted rows; evaluation: dx = weight ρ dy. Masked rows get 0.
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward("batch_norm", *this, x, dy, dx, g, ctx);
+    recorded("batch_norm", r.statistics, 2, weight.cols());
+    require<state_error>(r.rows == x.rows(), "batch_norm: the record is of another call: expected ", x.rows(), " rows, got ", r.rows);
     const scratch<S> sums(ctx, 2, weight.cols());  // Σ dy ⊙ ẑ, Σ dy
     const auto along = sums.view().row_array(0), sum = sums.view().row_array(1);
     const auto mean = r.statistics.row(0).array(), inverse = r.statistics.row(1).array();
@@ -165,8 +168,7 @@ struct batch_norm {
 
  private:
   index_t run(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> statistics, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape("batch_norm", "y", y, out.rows, out.cols);
+    check_forward("batch_norm", *this, x, y, ctx);
     index_t counted = 0;
     for (index_t t = 0; ctx.train && t < x.rows(); ++t) counted += ctx.valid(t);
     if (x.rows() == 0) return 0;

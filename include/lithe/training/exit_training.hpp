@@ -159,11 +159,12 @@ loss_result meta_exit_step(const Model& model, matrix_view<const typename Model:
   model.stack.forward(x, m, r.model.states, ctx);
   model.answers.forward(r.model.states, r.logits, ctx);
   const auto states = matrix_view<const S>(r.model.states).slice_rows(0, below);
+  const regrouped rows(ctx, below, [T](index_t i) { return i % T; });
   const scratch<S> z(ctx, below, 1), dz(ctx, below, 1), consistent(ctx, N - 1, T), dstates(ctx, below, x.cols());
-  model.meta.forward(states, z, r.meta, ctx);
+  model.meta.forward(states, z, r.meta, rows.ctx());
   meta_targets<S>(r.logits, N, consistent, ctx);
   const auto loss = meta_exit_loss<S>(matrix_view<const S>(z.data(), N - 1, T), consistent, reduce, matrix_view<S>(dz.data(), N - 1, T));
-  model.meta.backward(states, r.meta, dz, dstates, g.meta, ctx);
+  model.meta.backward(states, r.meta, dz, dstates, g.meta, rows.ctx());
   return loss;
 }
 

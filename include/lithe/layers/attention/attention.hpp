@@ -39,15 +39,17 @@ struct attention : detail::attention_base<S> {
 
   // The same with an additive bias [H T x T].
   void forward(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<S> y, const context& ctx) const {
-    this->run_forward(checked(x, bias, y, ctx), x, x, y, ctx);
+    check_forward("attention", *this, x, y, ctx);
+    this->run_forward(heads(x, bias, ctx), x, x, y, ctx);
   }
   void forward(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<S> y, record& r, const context& ctx) const {
-    this->run_forward(checked(x, bias, y, ctx), x, x, y, r, ctx);
+    check_forward("attention", *this, x, y, ctx);
+    this->run_forward(heads(x, bias, ctx), x, x, y, r, ctx);
   }
   void backward(matrix_view<const S> x, const attention_bias<S>& bias, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                 const context& ctx) const {
-    require_shape("attention", "dx", dx, x.rows(), x.cols());
-    this->run_backward(checked(x, bias, dy, ctx), x, x, r, dy, dx, dx, g, ctx);
+    check_backward("attention", *this, x, dy, dx, g, ctx);
+    this->run_backward("attention", heads(x, bias, ctx), x, x, r, dy, dx, dx, g, ctx);
   }
 
   /// Keys (after the rotation) and values of `slots` sequences of up to `capacity` tokens.
@@ -97,11 +99,8 @@ struct attention : detail::attention_base<S> {
   }
 
  private:
-  template <class T>
-  detail::attention_heads<S> checked(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<T> y, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape("attention", "y", y, out.rows, out.cols);
-    auto h = this->heads("attention", x.rows(), x.rows(), ctx.rows, bias, ctx);
+  detail::attention_heads<S> heads(matrix_view<const S> x, const attention_bias<S>& bias, const context& ctx) const {
+    auto h = base::heads("attention", x.rows(), x.rows(), ctx.rows, bias, ctx);
     h.valid = ctx.mask;
     return h;
   }

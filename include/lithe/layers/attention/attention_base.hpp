@@ -86,8 +86,8 @@ struct attention_base {
                    const context& ctx) const {
     const unpadded<S> rows(x, source, ctx);
     query.forward(rows.x, a.query, ctx);
-    key.forward(rows.source, a.key, ctx);
-    value.forward(rows.source, a.value, ctx);
+    key.forward(rows.source, a.key, of_source(x, source, ctx));
+    value.forward(rows.source, a.value, of_source(x, source, ctx));
     rotate(a.query, a.key, false, ctx);
     h.forward(a.query, a.key, a.value, a.context, a.log_sum_exp, ctx);
     output.forward(a.context, y, ctx);
@@ -111,11 +111,13 @@ struct attention_base {
   }
 
   /// ds: the gradient of the source, added to, or replaced if it is dx itself.
-  void run_backward(const attention_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, const record& r, matrix_view<const S> dy,
-                    matrix_view<S> dx, matrix_view<S> ds, gradient& g, const context& ctx) const {
-    require<state_error>(r.query.rows() == x.rows() && r.key.rows() == source.rows(), "attention: the record is of another call: expected ", x.rows(),
-                         " and ", source.rows(), " rows, got ", r.query.rows(), " and ", r.key.rows());
+  void run_backward(const char* who, const attention_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, const record& r,
+                    matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> ds, gradient& g, const context& ctx) const {
     const index_t T = x.rows(), N = source.rows(), G = key.weight.rows();
+    for (const matrix<S>* m : {&r.query, &r.context}) recorded(who, *m, T, query.weight.rows());
+    for (const matrix<S>* m : {&r.key, &r.value}) recorded(who, *m, N, G);
+    recorded(who, r.log_sum_exp, config.heads, T);
+    const context source_ctx = of_source(x, source, ctx);
     const unpadded<S> rows(x, source, ctx), d(dy, dy, ctx);
     const scratch<S> d_context(ctx, T, query.weight.rows()), dq(ctx, T, query.weight.rows()), dk(ctx, N, G), dv(ctx, N, G);
     output.backward(r.context, {}, d.x, d_context, g.output, ctx);
@@ -123,12 +125,12 @@ struct attention_base {
     rotate(dq.view(), dk.view(), true, ctx);
     query.backward(rows.x, {}, dq, dx, g.query, ctx);
     if (config.rotary_width != 0) {
-      key.add_backward(rows.source, dk, ds, g.key, ctx);
+      key.add_backward(rows.source, dk, ds, g.key, source_ctx);
     } else {  // a key's bias adds the same to all scores of a query, so its gradient is 0 and not the rounding of one
       gemm_nn<S>(dk, key.weight, ds, ctx, update::add);
       gemm_tn<S>(dk, rows.source, g.key.weight, ctx, update::add);
     }
-    value.add_backward(rows.source, dv, ds, g.value, ctx);
+    value.add_backward(rows.source, dv, ds, g.value, source_ctx);
   }
 
  private:

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/attention_gradient.hpp"
 #include "lithe/kernels/rotary.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/linear.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -33,6 +34,11 @@ void zero_padding(matrix_view<S> y, const context& ctx) {
     for (index_t t = 0; t < y.rows(); ++t)
       if (!ctx.valid(t)) std::fill_n(y.row(t), y.cols(), S(0));
 }
+/// Of the projections of the source, whose rows may be another sequence's.
+template <class S>
+context of_source(matrix_view<const S> x, matrix_view<const S> source, const context& ctx) {
+  return source.data() == x.data() ? ctx : ctx.position_wise();
+}
 /// x and source with zeros in the rows of padding, so that a NaN there reaches nothing; themselves without a mask. The mask is that
 /// of x; a source of its own has none.
 template <class S>
@@ -59,9 +65,13 @@ struct attention_mask {
   matrix_view<S> bias_gradient{};
 
   [[nodiscard]] index_t visible(index_t i) const { return causal ? ahead + i + 1 : std::numeric_limits<index_t>::max(); }
+  [[nodiscard]] bool hides() const { return valid != nullptr || bias.data() != nullptr; }
   void adjust(index_t i, index_t first, index_t n, S* scores) const {
     if (bias.data() != nullptr)
-      for (index_t j = 0; j < n; ++j) scores[j] += bias(i, first + j);
+      for (index_t j = 0; j < n; ++j) {  // -inf hides a key whatever its score is, NaN too
+        const S b = bias(i, first + j);
+        scores[j] = b == -std::numeric_limits<S>::infinity() ? b : scores[j] + b;
+      }
     if (valid != nullptr)
       for (index_t j = 0; j < n; ++j)
         if (valid[first + j] == 0) scores[j] = -std::numeric_limits<S>::infinity();

@@ -4,6 +4,7 @@
 #include "lithe/layers/attention/bucket_windows.hpp"
 #include "lithe/layers/attention/key_value_cache.hpp"
 #include "lithe/layers/attention/token_hash.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/linear.hpp"
 
@@ -66,14 +67,14 @@ struct bucket_attention {
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
     require<state_error>(config.hash.family != hash_family::external, who,
                          ": external bucket ids are taken from a record; use the forward that has one");
-    check(x, y, ctx);
+    check_forward(who, *this, x, y, ctx);
     const index_t T = x.rows();
     const scratch<bucket_t> ids(ctx, config.heads * config.hash.rounds, T);
     const scratch<S> o(ctx, T, query_key.weight.rows()), log_sum_exp(ctx, config.heads, T);
     run(x, y, ids, o, log_sum_exp, false, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    check(x, y, ctx);
+    check_forward(who, *this, x, y, ctx);
     const index_t T = x.rows();
     auto& ids = r.buckets.value;
     const bool external = config.hash.family == hash_family::external && !ctx.replay;
@@ -92,15 +93,16 @@ struct bucket_attention {
     run(x, y, ids, r.context, r.log_sum_exp, ctx.replay || external, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    check(x, dy, ctx);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
+    check_backward(who, *this, x, dy, dx, g, ctx);
     check_ids(x.rows(), r.buckets.value);
     check_range(r.buckets.value);
-    require<state_error>(r.context.rows() == x.rows(), who, ": the record is of another call: expected ", x.rows(), " rows, got ", r.context.rows());
     const index_t T = x.rows(), A = query_key.weight.rows(), d = config.head_width;
+    recorded(who, r.context, T, A);
+    recorded(who, r.log_sum_exp, config.heads, T);
+    const shown<S> in(x, ctx), upstream(dy, ctx);
     const scratch<S> q(ctx, T, A), v(ctx, T, A), scales(ctx, config.heads, T), d_context(ctx, T, A), dq(ctx, T, A), dk(ctx, T, A), dv(ctx, T, A);
-    project(x, q.view(), v.view(), scales.view(), ctx);
-    output.backward(r.context, {}, dy, d_context, g.output, ctx);
+    project(in, q.view(), v.view(), scales.view(), ctx);
+    output.backward(r.context, {}, upstream, d_context, g.output, ctx);
     windows(ctx).backward(q.view(), v.view(), scales.view(), r.buckets.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(),
                           dv.view(), ctx);
     ctx.exec->run(T, rows_together, [&](index_t first, index_t last) {
@@ -110,8 +112,8 @@ struct bucket_attention {
         add_key_gradient<S>(config.norm, part(q), scales.row(h) + first, part(dk), part(dq));
       }
     });
-    query_key.backward(x, {}, dq, dx, g.query_key, ctx);
-    value.add_backward(x, dv, dx, g.value, ctx);
+    query_key.backward(in, {}, dq, dx, g.query_key, ctx);
+    value.add_backward(in, dv, dx, g.value, ctx);
   }
 
   /// The tokens in the fullest bucket of any head, round and sequence: what a pass costs grows with its square. ctx as in forward.
@@ -247,12 +249,6 @@ struct bucket_attention {
   [[nodiscard]] index_t buckets() const { return factors().total(); }
   [[nodiscard]] index_t directions() const { return config.hash.rounds * hash.directions(factors()); }
 
-  template <class T>
-  void check(matrix_view<const S> x, matrix_view<T> y, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape(who, "y", y, out.rows, out.cols);
-    ctx.check(who, x.rows());
-  }
   void check_ids(index_t T, const matrix<bucket_t>& ids) const {
     require<state_error>(ids.rows() == config.heads * config.hash.rounds && ids.cols() == T, who, ": expected the bucket ids of ",
                          config.heads * config.hash.rounds, " rounds and ", T, " tokens in the record, got ", to_text(ids.rows(), ids.cols()));
@@ -275,8 +271,9 @@ struct bucket_attention {
            const context& ctx) const {
     const index_t T = x.rows(), A = query_key.weight.rows();
     {
+      const shown<S> in(x, ctx);
       const scratch<S> q(ctx, T, A), v(ctx, T, A), scales(ctx, config.heads, T);
-      project(x, q.view(), v.view(), scales.view(), ctx);
+      project(in, q.view(), v.view(), scales.view(), ctx);
       if (!keep) choose(q.view(), ids, ctx);
       windows(ctx).forward(q.view(), v.view(), scales.view(), ids, o, log_sum_exp, ctx);
     }

@@ -22,6 +22,7 @@ struct bucket_mask {
   index_t row = 0;                     // of token 0 in this round, among the rows of all rounds
 
   [[nodiscard]] index_t visible(index_t i) const { return causal ? rank + i : std::numeric_limits<index_t>::max(); }
+  [[nodiscard]] bool hides() const { return true; }
   void adjust(index_t i, index_t first, index_t n, S* scores) const {
     constexpr S hidden = -std::numeric_limits<S>::infinity();
     if (const index_t own = rank + i - first; own >= 0 && own < n) scores[own] = hidden;

@@ -41,15 +41,17 @@ struct collaborative_attention : detail::collaborative_base<S> {
 
   // The same with an additive bias [H T x T].
   void forward(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<S> y, const context& ctx) const {
-    this->run_forward(checked(x, bias, y, ctx), x, x, y, ctx);
+    check_forward(who, *this, x, y, ctx);
+    this->run_forward(heads(x, bias, ctx), x, x, y, ctx);
   }
   void forward(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<S> y, record& r, const context& ctx) const {
-    this->run_forward(checked(x, bias, y, ctx), x, x, y, r, ctx);
+    check_forward(who, *this, x, y, ctx);
+    this->run_forward(heads(x, bias, ctx), x, x, y, r, ctx);
   }
   void backward(matrix_view<const S> x, const attention_bias<S>& bias, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                 const context& ctx) const {
-    require_shape(who, "dx", dx, x.rows(), x.cols());
-    this->run_backward(checked(x, bias, dy, ctx), x, x, r, dy, dx, dx, g, ctx);
+    check_backward(who, *this, x, dy, dx, g, ctx);
+    this->run_backward(who, heads(x, bias, ctx), x, x, r, dy, dx, dx, g, ctx);
   }
 
   /// For each token one key of width r for all heads, a content bias for each head, and the heads' values.
@@ -109,11 +111,8 @@ struct collaborative_attention : detail::collaborative_base<S> {
 
   [[nodiscard]] index_t value_width() const { return config.value_width / config.heads; }
 
-  template <class T>
-  detail::collaborative_heads<S> checked(matrix_view<const S> x, const attention_bias<S>& bias, matrix_view<T> y, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape(who, "y", y, out.rows, out.cols);
-    auto h = this->heads(who, x.rows(), x.rows(), ctx.rows, bias, ctx);
+  detail::collaborative_heads<S> heads(matrix_view<const S> x, const attention_bias<S>& bias, const context& ctx) const {
+    auto h = base::heads(who, x.rows(), x.rows(), ctx.rows, bias, ctx);
     h.plain.valid = ctx.mask;
     return h;
   }

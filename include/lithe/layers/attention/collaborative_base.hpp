@@ -164,7 +164,7 @@ struct collaborative_base {
                    const context& ctx) const {
     const unpadded<S> rows(x, source, ctx);
     query.forward(rows.x, a.query, ctx);
-    project_source(rows.source, a.key, a.content, a.value, ctx);
+    project_source(rows.source, a.key, a.content, a.value, of_source(x, source, ctx));
     h.forward(a.query, a.key, a.content, a.value, a.context, a.log_sum_exp, ctx);
     mask_heads(a.context, ctx);
     if (config.projected)
@@ -192,12 +192,16 @@ struct collaborative_base {
   }
 
   /// ds: the gradient of the source, added to, or replaced if it is dx itself.
-  void run_backward(const collaborative_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, const record& r, matrix_view<const S> dy,
-                    matrix_view<S> dx, matrix_view<S> ds, gradient& g, const context& ctx) const {
-    require<state_error>(r.query.rows() == x.rows() && r.key.rows() == source.rows(),
-                         "collaborative_attention: the record is of another call: expected ", x.rows(), " and ", source.rows(), " rows, got ",
-                         r.query.rows(), " and ", r.key.rows());
+  void run_backward(const char* who, const collaborative_heads<S>& h, matrix_view<const S> x, matrix_view<const S> source, const record& r,
+                    matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> ds, gradient& g, const context& ctx) const {
     const index_t T = x.rows(), N = source.rows(), K = config.key_width, V = config.value_width, H = config.heads;
+    recorded(who, r.query, T, K);
+    recorded(who, r.key, N, K);
+    recorded(who, r.content, contents(), N);
+    recorded(who, r.value, N, V);
+    recorded(who, r.context, T, V);
+    recorded(who, r.log_sum_exp, H, T);
+    const context source_ctx = of_source(x, source, ctx);
     const unpadded<S> rows(x, source, ctx);
     const unpadded<S> upstream(dy, dy, ctx);
     const scratch<S> d_context(ctx, T, V), dots(ctx, H, T), dq(ctx, T, K), dk(ctx, N, K), dc(ctx, contents(), N), dv(ctx, N, V);
@@ -214,12 +218,12 @@ struct collaborative_base {
     h.backward(r.query, r.key, r.content, r.value, r.log_sum_exp, dots.view(), d_context.view(), dq.view(), dk.view(), dc.view(), dv.view(), g.mixing,
                ctx);
     query.backward(rows.x, {}, dq, dx, g.query, ctx);
-    key.add_backward(rows.source, dk, ds, g.key, ctx);
+    key.add_backward(rows.source, dk, ds, g.key, source_ctx);
     if (contents() != 0) {
       gemm_tn<S>(dc, content_bias.weight, ds, ctx, update::add);
       gemm_nn<S>(dc, rows.source, g.content_bias.weight, ctx, update::add);
     }
-    value.add_backward(rows.source, dv, ds, g.value, ctx);
+    value.add_backward(rows.source, dv, ds, g.value, source_ctx);
   }
 
   void mask_heads(matrix_view<S> o, const context& ctx) const {

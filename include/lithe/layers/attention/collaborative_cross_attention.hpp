@@ -37,26 +37,26 @@ struct collaborative_cross_attention : detail::collaborative_base<S> {
 
   // The same with an additive bias [H T x N].
   void forward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<S> y, const context& ctx) const {
-    this->run_forward(checked(x, m, bias, y, ctx), x, m.x, y, ctx);
+    this->run_forward(checked("y", x, m, bias, y, ctx), x, m.x, y, ctx);
   }
   void forward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<S> y, record& r, const context& ctx) const {
-    this->run_forward(checked(x, m, bias, y, ctx), x, m.x, y, r, ctx);
+    this->run_forward(checked("y", x, m, bias, y, ctx), x, m.x, y, r, ctx);
   }
   void backward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, const record& r, matrix_view<const S> dy, matrix_view<S> dx,
                 matrix_view<S> dm, gradient& g, const context& ctx) const {
     require_shape(who, "dx", dx, x.rows(), x.cols());
     require_shape(who, "dm", dm, m.x.rows(), m.x.cols());
-    this->run_backward(checked(x, m, bias, dy, ctx), x, m.x, r, dy, dx, dm, g, ctx);
+    check_gradient(who, *this, g);
+    this->run_backward(who, checked("dy", x, m, bias, dy, ctx), x, m.x, r, dy, dx, dm, g, ctx);
   }
 
  private:
   static constexpr const char* who = "collaborative_cross_attention";
 
   template <class T>
-  detail::collaborative_heads<S> checked(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<T> y,
+  detail::collaborative_heads<S> checked(const char* what, matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<T> y,
                                          const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape(who, "y", y, out.rows, out.cols);
+    detail::check_rows(who, what, *this, x, y, ctx);
     require_features(who, this->key.weight.cols(), m.x);
     return this->heads(who, x.rows(), m.x.rows(), m.rows, bias, ctx);
   }

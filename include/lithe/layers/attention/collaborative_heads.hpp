@@ -18,6 +18,7 @@ struct collaborative_mask {
   std::uint64_t row = 0;  // of query 0, in the numbering of the draws
 
   [[nodiscard]] index_t visible(index_t i) const { return plain.visible(i); }
+  [[nodiscard]] bool hides() const { return plain.hides(); }
   void adjust(index_t i, index_t first, index_t n, S* scores) const {
     if (content != nullptr)
       for (index_t j = 0; j < n; ++j) scores[j] += scale * content[first + j];

@@ -52,16 +52,17 @@ struct cross_attention : detail::attention_base<S> {
 
   // The same with an additive bias [H T x S].
   void forward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<S> y, const context& ctx) const {
-    this->run_forward(checked(x, m, bias, y, ctx), x, m.x, y, ctx);
+    this->run_forward(checked("y", x, m, bias, y, ctx), x, m.x, y, ctx);
   }
   void forward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<S> y, record& r, const context& ctx) const {
-    this->run_forward(checked(x, m, bias, y, ctx), x, m.x, y, r, ctx);
+    this->run_forward(checked("y", x, m, bias, y, ctx), x, m.x, y, r, ctx);
   }
   void backward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, const record& r, matrix_view<const S> dy, matrix_view<S> dx,
                 matrix_view<S> dm, gradient& g, const context& ctx) const {
-    require_shape("cross_attention", "dx", dx, x.rows(), x.cols());
-    require_shape("cross_attention", "dm", dm, m.x.rows(), m.x.cols());
-    this->run_backward(checked(x, m, bias, dy, ctx), x, m.x, r, dy, dx, dm, g, ctx);
+    require_shape(who, "dx", dx, x.rows(), x.cols());
+    require_shape(who, "dm", dm, m.x.rows(), m.x.cols());
+    check_gradient(who, *this, g);
+    this->run_backward(who, checked("dy", x, m, bias, dy, ctx), x, m.x, r, dy, dx, dm, g, ctx);
   }
 
   /// For a token that sees `length` tokens of the memory, whose keys and values are counted once for each of them.
@@ -72,13 +73,14 @@ struct cross_attention : detail::attention_base<S> {
   }
 
  private:
+  static constexpr const char* who = "cross_attention";
+
   template <class T>
-  detail::attention_heads<S> checked(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<T> y,
+  detail::attention_heads<S> checked(const char* what, matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, matrix_view<T> y,
                                      const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape("cross_attention", "y", y, out.rows, out.cols);
-    require_features("cross_attention", this->key.weight.cols(), m.x);
-    return this->heads("cross_attention", x.rows(), m.x.rows(), m.rows, bias, ctx);
+    detail::check_rows(who, what, *this, x, y, ctx);
+    require_features(who, this->key.weight.cols(), m.x);
+    return this->heads(who, x.rows(), m.x.rows(), m.rows, bias, ctx);
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include "lithe/layers/attention/key_value_cache.hpp"
 #include "lithe/layers/attention/local_windows.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/linear.hpp"
 
@@ -61,28 +62,31 @@ struct local_attention {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    const auto windows = checked(x, y, ctx);
+    check_forward(who, *this, x, y, ctx);
+    const shown<S> in(x, ctx);
     const index_t T = x.rows(), A = query.weight.rows();
     const scratch<S> q(ctx, T, A), k(ctx, T, A), v(ctx, T, A), o(ctx, T, A), log_sum_exp(ctx, config.heads, T);
-    run(windows, x, y, q.view(), k.view(), v.view(), o.view(), log_sum_exp.view(), ctx);
+    run(in, y, q.view(), k.view(), v.view(), o.view(), log_sum_exp.view(), ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    const auto windows = checked(x, y, ctx);
+    check_forward(who, *this, x, y, ctx);
+    const shown<S> in(x, ctx);
     for (matrix<S>* m : {&r.query, &r.key, &r.value, &r.context}) m->resize(x.rows(), query.weight.rows());
     r.log_sum_exp.resize(config.heads, x.rows());
-    run(windows, x, y, r.query, r.key, r.value, r.context, r.log_sum_exp, ctx);
+    run(in, y, r.query, r.key, r.value, r.context, r.log_sum_exp, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    const auto windows = checked(x, dy, ctx);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
-    require<state_error>(r.query.rows() == x.rows(), who, ": the record is of another call: expected ", x.rows(), " rows, got ", r.query.rows());
+    check_backward(who, *this, x, dy, dx, g, ctx);
     const index_t T = x.rows(), A = query.weight.rows();
+    for (const matrix<S>* m : {&r.query, &r.key, &r.value, &r.context}) recorded(who, *m, T, A);
+    recorded(who, r.log_sum_exp, config.heads, T);
+    const shown<S> in(x, ctx), d(dy, ctx);
     const scratch<S> d_context(ctx, T, A), dq(ctx, T, A), dk(ctx, T, A), dv(ctx, T, A);
-    output.backward(r.context, {}, dy, d_context, g.output, ctx);
-    windows.backward(r.query, r.key, r.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(), dv.view(), ctx);
-    query.backward(x, {}, dq, dx, g.query, ctx);
-    key.add_backward(x, dk, dx, g.key, ctx);
-    value.add_backward(x, dv, dx, g.value, ctx);
+    output.backward(r.context, {}, d, d_context, g.output, ctx);
+    windows(ctx).backward(r.query, r.key, r.value, r.context, r.log_sum_exp, d_context.view(), dq.view(), dk.view(), dv.view(), ctx);
+    query.backward(in, {}, dq, dx, g.query, ctx);
+    key.add_backward(in, dk, dx, g.key, ctx);
+    value.add_backward(in, dv, dx, g.value, ctx);
   }
 
   /// Throws config_error unless the layer is causal and its windows do not reach around to later chunks: an earlier row would change.
@@ -166,11 +170,7 @@ struct local_attention {
   }
   [[nodiscard]] S scale() const { return static_cast<S>(1 / std::sqrt(static_cast<double>(config.head_width))); }
 
-  template <class T>
-  detail::local_windows<S> checked(matrix_view<const S> x, matrix_view<T> y, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape(who, "y", y, out.rows, out.cols);
-    ctx.check(who, x.rows());
+  [[nodiscard]] detail::local_windows<S> windows(const context& ctx) const {
     return {.heads = config.heads,
             .width = config.head_width,
             .chunk = config.chunk,
@@ -186,12 +186,12 @@ struct local_attention {
             .rows = ctx.rows,
             .valid = ctx.mask};
   }
-  void run(const detail::local_windows<S>& windows, matrix_view<const S> x, matrix_view<S> y, matrix_view<S> q, matrix_view<S> k, matrix_view<S> v,
-           matrix_view<S> o, matrix_view<S> log_sum_exp, const context& ctx) const {
+  void run(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> q, matrix_view<S> k, matrix_view<S> v, matrix_view<S> o,
+           matrix_view<S> log_sum_exp, const context& ctx) const {
     query.forward(x, q, ctx);
     key.forward(x, k, ctx);
     value.forward(x, v, ctx);
-    windows.forward(q, k, v, o, log_sum_exp, ctx);
+    windows(ctx).forward(q, k, v, o, log_sum_exp, ctx);
     output.forward(o, y, ctx);
   }
   void append(matrix_view<const S> x, cache& c, const context& ctx) const {

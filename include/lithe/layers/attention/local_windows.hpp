@@ -23,6 +23,7 @@ struct window_mask {
   index_t row = 0;  // the number of query 0 in the whole call
 
   [[nodiscard]] index_t visible(index_t i) const { return causal ? ahead + i + 1 : std::numeric_limits<index_t>::max(); }
+  [[nodiscard]] bool hides() const { return valid != nullptr; }
   void adjust(index_t, index_t first, index_t n, S* scores) const {
     if (valid != nullptr)
       for (index_t j = 0; j < n; ++j)

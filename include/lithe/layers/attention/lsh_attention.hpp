@@ -4,6 +4,7 @@
 #include "lithe/kernels/dropout.hpp"
 #include "lithe/layers/attention/lsh_cache.hpp"
 #include "lithe/layers/attention/lsh_heads.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/linear.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -57,10 +58,11 @@ struct lsh_attention {
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
     require<state_error>(config.hash.family != hash_family::external, "lsh_attention: external bucket ids are taken from a record; use the forward that has one");
     check(x, y, ctx);
+    const shown<S> in(x, ctx);
     const index_t T = x.rows(), H = config.heads;
     const scratch<bucket_t> ids(ctx, H * config.hash.rounds, T);
     const scratch<S> heads(ctx, T, H * config.head_width), maximum(ctx, H, T), sum(ctx, H, T);
-    run_forward(x, y, {heads, maximum, sum, ids}, false, ctx);
+    run_forward(in, y, {heads, maximum, sum, ids}, false, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
     check(x, y, ctx);
@@ -68,15 +70,15 @@ struct lsh_attention {
     r.context.resize(x.rows(), config.heads * config.head_width);
     r.maximum.resize(config.heads, x.rows());
     r.sum.resize(config.heads, x.rows());
-    run_forward(x, y, {r.context, r.maximum, r.sum, r.buckets.value}, keep, ctx);
+    run_forward(shown<S>(x, ctx), y, {r.context, r.maximum, r.sum, r.buckets.value}, keep, ctx);
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    check(x, dy, ctx);
-    require_shape("lsh_attention", "dx", dx, x.rows(), x.cols());
-    require<state_error>(r.context.rows() == x.rows(), "lsh_attention: the record is of another call: expected ", x.rows(), " rows, got ",
-                         r.context.rows());
+    check_backward(who, *this, x, dy, dx, g, ctx);
+    recorded(who, r.context, x.rows(), config.heads * config.head_width);
+    recorded(who, r.maximum, config.heads, x.rows());
+    recorded(who, r.sum, config.heads, x.rows());
     check_ids(x.rows(), r);
-    run_backward(x, r, {}, dy, dx, g, ctx);
+    run_backward(shown<S>(x, ctx), r, {}, shown<S>(dy, ctx), dx, g, ctx);
   }
 
   /// y += f(x), and the record keeps the choices alone; works on a few heads at a time, so it needs less memory than `forward`.
@@ -84,16 +86,15 @@ struct lsh_attention {
     check(x, y, ctx);
     const bool keep = prepare(x.rows(), r, ctx);
     forget(r);
-    run_forward(x, y, {{}, {}, {}, r.buckets.value}, keep, ctx);
+    run_forward(shown<S>(x, ctx), y, {{}, {}, {}, r.buckets.value}, keep, ctx);
   }
   /// y -= f(x) and dx += f'(x)ᵀ dy, with the choices of the record: for reversible blocks.
   void reverse(matrix_view<const S> x, matrix_view<S> y, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                const context& ctx) const {
     check(x, y, ctx);
-    check(x, dy, ctx);
-    require_shape("lsh_attention", "dx", dx, x.rows(), x.cols());
+    check_backward(who, *this, x, dy, dx, g, ctx);
     check_ids(x.rows(), r);
-    run_backward(x, r, y, dy, dx, g, ctx);
+    run_backward(shown<S>(x, ctx), r, y, shown<S>(dy, ctx), dx, g, ctx);
   }
 
   /// Queries, values and buckets of the rows so far (lithe::cached_layer).
@@ -176,6 +177,7 @@ struct lsh_attention {
   }
 
  private:
+  static constexpr const char* who = "lsh_attention";
   static constexpr index_t block = 512;         // rows of x that are projected to all heads while they are in a cache
   static constexpr index_t wide_block = 4096;   // rows whose heads are joined at once
   static constexpr std::uint64_t output_child = 2;
@@ -208,11 +210,8 @@ struct lsh_attention {
     matrix_view<bucket_t> ids;
   };
 
-  template <class T>
-  void check(matrix_view<const S> x, matrix_view<T> y, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape("lsh_attention", "y", y, out.rows, out.cols);
-    ctx.check("lsh_attention", x.rows());
+  void check(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
+    check_forward(who, *this, x, y, ctx);
     require<shape_error>(x.rows() >> 31 == 0, "lsh_attention: expected fewer than 2^31 tokens, got ", x.rows());
   }
   void check_ids(index_t T, const record& r) const {

@@ -87,6 +87,7 @@ struct memory_readout {
   /// dm is overwritten, the gradient through the gates is added to dx.
   void backward(matrix_view<const S> m, matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dm, matrix_view<S> dx,
                 gradient& g, const context& ctx) const {
+    check_record(m, r, dy, ctx);
     const scratch<S> d(ctx, dy.rows(), dy.cols());
     if (norm.weight.size() != 0)
       norm.backward(r.before_norm, r.norm, dy, d, g.norm, ctx);
@@ -123,6 +124,15 @@ struct memory_readout {
   }
 
  private:
+  void check_record(matrix_view<const S> m, const record& r, matrix_view<const S> dy, const context& ctx) const {
+    constexpr const char* who = "memory read-out";
+    ctx.check(who, dy.rows());
+    if (silu.weight.size() != 0) recorded(who, r.silu, m.rows(), m.cols());
+    if (norm.weight.size() != 0) recorded(who, r.before_norm, dy.rows(), dy.cols());
+    if (scalar_gate.weight.size() == 0) return;
+    recorded(who, r.ungated, dy.rows(), dy.cols());
+    recorded(who, r.gate, dy.rows(), 1);
+  }
   void read(matrix_view<const S> m, matrix_view<const S> x, matrix_view<S> y, record* r, const context& ctx) const {
     if (plain()) {
       if (m.data() != y.data()) copy<S>(m, y, ctx);

@@ -106,11 +106,12 @@ struct product_key_memory {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
+    const shown<S> rows(x, ctx);
     const index_t T = x.rows(), P = keys.picks();
     const scratch<S> input(ctx, changes_input(ctx) ? T : 0, x.cols()), q(ctx, T, query.outputs()), weights(ctx, T, P);
     const scratch<slot_t> slots(ctx, T, P);
-    const matrix_view<const S> in = prepare_input(x, input, nullptr, ctx);
+    const matrix_view<const S> in = prepare_input(rows, input, nullptr, ctx);
     query.forward(in, q, ctx.child(1));
     keys.search(q, slots, weights, ctx);
     gate.forward(by_head(weights.view()), by_head(weights.view()), ctx);
@@ -125,12 +126,12 @@ struct product_key_memory {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
+    const shown<S> rows(x, ctx);
     const index_t T = x.rows(), P = keys.picks();
-    require<state_error>(!ctx.replay || r.pairs.value.rows() == T, "product_key_memory: replay needs the pairs of a recorded forward over the same ", T,
-                         " tokens, got ", r.pairs.value.rows());
+    if (ctx.replay) recorded_slots(who, r.pairs.value, T, P, keys.slots());
     if (changes_input(ctx)) r.input.resize(T, x.cols());
-    const matrix_view<const S> in = prepare_input(x, r.input, &r, ctx);
+    const matrix_view<const S> in = prepare_input(rows, r.input, &r, ctx);
     r.queries.resize(T, query.outputs());
     query.forward(in, r.queries, r.query, ctx.child(1));
     r.scores.resize(T, P);
@@ -160,8 +161,14 @@ struct product_key_memory {
   /// dV[slot] += w dm, dw = <dm, V[slot]>; then back through gate, keys and query network. Experts, with t = <x', U[slot]> and r = dw:
   /// dw = GELU(t) r, dt = w r GELU'(t), dU[slot] += dt x', dx' += dt U[slot].
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward(who, *this, x, dy, dx, g, ctx);
     const index_t T = x.rows(), P = keys.picks();
-    const matrix_view<const S> in = changes_input(ctx) ? matrix_view<const S>(r.input) : x;
+    recorded_slots(who, r.pairs.value, T, P, keys.slots());
+    recorded(who, r.scores, T, P);
+    recorded(who, r.queries, T, query.outputs());
+    if (experts() || !readout.plain()) recorded(who, r.read, T, experts() ? P : read_width());
+    const shown<S> rows(x, ctx);
+    const matrix_view<const S> in = changes_input(ctx) ? recorded(who, r.input, T, x.cols()) : rows.view();
     const scratch<S> shown(ctx, ctx.mask.empty() ? 0 : T, dy.cols()), dm(ctx, T, read_width()), weights(ctx, T, P), dw(ctx, T, P), din(ctx, T, x.cols());
     const scratch<slot_t> slots(ctx, T, P);
     din.map().setZero();
@@ -185,12 +192,16 @@ struct product_key_memory {
       query.backward(in, r.queries, r.query, dq, dfrom, g.query, ctx.child(1));
       add<S>(dfrom, din, ctx);
     }
-    input_backward(x, r, din, dx, g, ctx);
+    input_backward(rows, r, din, dx, g, ctx);
   }
 
   /// The rows that forward read and their weights (after the gate, before dropout), both [T x heads picks], -1 for hidden rows: for
   /// usage metrics.
   void picked(const record& r, matrix_view<slot_t> slots, matrix_view<S> weights, const context& ctx) const {
+    require_shape(who, "slots", slots, r.pairs.value.rows(), keys.picks());
+    require_shape(who, "weights", weights, r.pairs.value.rows(), keys.picks());
+    recorded_slots(who, r.pairs.value, slots.rows(), keys.picks(), keys.slots());
+    recorded(who, r.scores, slots.rows(), keys.picks());
     map_slots(view(r.pairs.value), slots, ctx);
     gate.forward(by_head(view(r.scores)), by_head(weights), ctx);
   }
@@ -213,6 +224,8 @@ struct product_key_memory {
   }
 
  private:
+  static constexpr const char* who = "product_key_memory";
+
   static product_key_memory_config completed(product_key_memory_config c) {
     if (c.outputs == 0) c.outputs = c.inputs;
     if (c.value_width == 0) c.value_width = c.outputs;
@@ -262,10 +275,6 @@ struct product_key_memory {
   }
   [[nodiscard]] bool changes_input(const context& ctx) const {
     return config.input_norm != memory_input_norm::none || (ctx.train && config.input_dropout > 0);
-  }
-  void check(matrix_view<const S> x, matrix_view<S> y) const {
-    const shape out = output_shape(x);
-    require_shape("product_key_memory", "y", y, out.rows, out.cols);
   }
   matrix_view<const S> prepare_input(matrix_view<const S> x, matrix_view<S> to, record* r, const context& ctx) const {
     if (!changes_input(ctx)) return x;

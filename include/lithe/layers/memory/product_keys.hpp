@@ -6,6 +6,7 @@
 #include "lithe/kernels/gemm.hpp"
 #include "lithe/kernels/product_top_k.hpp"
 #include "lithe/kernels/top_k.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
 
@@ -74,6 +75,9 @@ struct product_keys {
 
   /// pairs and scores [T x heads final_k] for queries q [T x groups width]. Rows that ctx.mask hides get pairs -1 and scores 0.
   void search(matrix_view<const S> q, matrix_view<slot_t> pairs, matrix_view<S> scores, const context& ctx) const {
+    check(q, ctx);
+    require_shape(who, "pairs", pairs, q.rows(), picks());
+    require_shape(who, "scores", scores, q.rows(), picks());
     const index_t T = q.rows(), n = config.sub_keys, k = config.top_k, last_k = config.final_k;
     const index_t tiles = (T + tile - 1) / tile;
     ctx.exec->run(tiles * config.heads, 1, [&](index_t piece, index_t) {
@@ -110,6 +114,9 @@ struct product_keys {
 
   /// The scores of pairs that were chosen before (replay).
   void rescore(matrix_view<const S> q, matrix_view<const slot_t> pairs, matrix_view<S> scores, const context& ctx) const {
+    check(q, ctx);
+    require_shape(who, "pairs", pairs, q.rows(), picks());
+    require_shape(who, "scores", scores, q.rows(), picks());
     ctx.exec->run(q.rows(), 16, [&](index_t first, index_t last) {
       for (index_t t = first; t < last; ++t)
         for (index_t p = 0; p < picks(); ++p) {
@@ -126,6 +133,11 @@ struct product_keys {
   /// dK_half[key] += ds q_half and dq_half = Σ ds K_half[key] over the picks; dq is overwritten.
   void backward(matrix_view<const S> q, matrix_view<const slot_t> pairs, matrix_view<const S> ds, matrix_view<S> dq, gradient& g,
                 const context& ctx) const {
+    check(q, ctx);
+    require_shape(who, "pairs", pairs, q.rows(), picks());
+    require_shape(who, "ds", ds, q.rows(), picks());
+    require_shape(who, "dq", dq, q.rows(), q.cols());
+    check_gradient(who, *this, g);
     const index_t T = q.rows(), k = config.final_k;
     const scratch<slot_t> ids(ctx, groups(), T * k);
     const scratch<S> weights(ctx, config.heads, T * k);
@@ -167,6 +179,11 @@ struct product_keys {
   }
 
  private:
+  static constexpr const char* who = "product keys";
+  void check(matrix_view<const S> q, const context& ctx) const {
+    require_features(who, groups() * config.width, q);
+    ctx.check(who, q.rows());
+  }
   static constexpr index_t tile = 128;  // tokens: their scores of one half stay in the second-level cache
 
   [[nodiscard]] index_t key_of(slot_t pair, index_t half) const {

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "lithe/kernels/causal_conv.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
 #include "lithe/layers/position_cache.hpp"
@@ -45,18 +46,20 @@ struct query_convolution {
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
     if (none()) return copy<S>(x, y, ctx);
-    ctx.rows.check("query_convolution", x.rows());
-    causal_conv<S>(x, weight, y, ctx);
+    check_forward("query_convolution", *this, x, y, ctx);
+    causal_conv<S>(shown<S>(x, ctx), weight, y, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record&, const context& ctx) const { forward(x, y, ctx); }
   void backward(matrix_view<const S> x, const record&, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
     if (none()) return copy<S>(dy, dx, ctx);
+    check_backward("query_convolution", *this, x, dy, dx, g, ctx);
     dx.map().setZero();
     add_backward(x, dy, dx, g, ctx);
   }
   /// The same, but dx is added to. Needs taps.
   void add_backward(matrix_view<const S> x, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
-    causal_conv_backward<S>(x, weight, dy, dx, g.weight, ctx);
+    check_backward("query_convolution", *this, x, dy, dx, g, ctx);
+    causal_conv_backward<S>(shown<S>(x, ctx), weight, shown<S>(dy, ctx), dx, g.weight, ctx);
   }
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {

@@ -86,6 +86,11 @@ struct query_mlp {
     }
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    constexpr const char* who = "query network";
+    check_backward(who, *this, x, dy, dx, g, ctx);
+    recorded(who, r.norms, norms.size());
+    for (std::size_t i = 0; i < recorded(who, r.inputs, maps.size() - 1).size(); ++i) recorded(who, r.inputs[i], x.rows(), maps[i].weight.rows());
+    for (std::size_t i = 0; i < recorded(who, r.before_norm, norms.size()).size(); ++i) recorded(who, r.before_norm[i], x.rows(), maps[i].weight.rows());
     back(maps.size() - 1, x, r, dy, dx, g, ctx);
   }
 
@@ -106,8 +111,8 @@ struct query_mlp {
   }
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.maps.size(); ++i) f("linear." + std::to_string(i), s.maps[i], rest.maps[i]...);
-    for (std::size_t i = 0; i < s.norms.size(); ++i) f("norm." + std::to_string(i), s.norms[i], rest.norms[i]...);
+    visit_parts(f, [](std::size_t i) { return "linear." + std::to_string(i); }, s.maps, rest.maps...);
+    visit_parts(f, [](std::size_t i) { return "norm." + std::to_string(i); }, s.norms, rest.norms...);
   }
 
  private:
@@ -228,7 +233,12 @@ struct query_network {
   /// q is what forward gave; dq is overwritten on the way; dx is overwritten.
   void backward(matrix_view<const S> x, matrix_view<const S> q, const record& r, matrix_view<S> dq, matrix_view<S> dx, gradient& g,
                 const context& ctx) const {
-    if (unit_length) make_unit_backward(q, r.lengths, dq, ctx);
+    recorded(who, r.networks, networks.size());
+    if (normed()) {
+      recorded(who, r.before_norm, q.rows(), outputs());
+      recorded(who, r.norm.statistics, q.rows() * groups, 2);
+    }
+    if (unit_length) make_unit_backward(q, recorded(who, r.lengths, q.rows(), groups), dq, ctx);
     if (ctx.train && dropout_rate > 0) drop<S>(dq, dq, dropout_rate, {r.key}, ctx);
     if (normed()) {
       const matrix_view<const S> before = by_group(matrix_view<const S>(r.before_norm));
@@ -256,13 +266,14 @@ struct query_network {
   }
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    for (std::size_t i = 0; i < s.networks.size(); ++i)
-      f(s.networks.size() == 1 ? std::string("network") : "network." + std::to_string(i), s.networks[i], rest.networks[i]...);
+    const auto name = [&](std::size_t i) { return s.networks.size() == 1 ? std::string("network") : "network." + std::to_string(i); };
+    visit_parts(f, name, s.networks, rest.networks...);
     f("layer_norm", s.layer, rest.layer...);
     f("rms_norm", s.rms, rest.rms...);
   }
 
  private:
+  static constexpr const char* who = "query network";
   [[nodiscard]] bool normed() const { return layer.weight.size() + rms.weight.size() != 0; }
   /// [T x groups width] seen as [T groups x width]: rows of q follow one another.
   template <class E>

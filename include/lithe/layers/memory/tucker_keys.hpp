@@ -3,6 +3,7 @@
 #include "lithe/kernels/bilinear_top_k.hpp"
 #include "lithe/kernels/gather.hpp"
 #include "lithe/kernels/gemm.hpp"
+#include "lithe/layers/call.hpp"
 #include "lithe/layers/cost.hpp"
 #include "lithe/layers/initialise.hpp"
 #include "lithe/layers/memory/score_norm.hpp"
@@ -115,6 +116,7 @@ struct tucker_keys {
 
   /// pairs [T x H k] and scores [T x H k M] for queries q [T x blocks d]. Rows that ctx.mask hides get pairs -1 and scores 0.
   void search(matrix_view<const S> q, const prepared& p, matrix_view<slot_t> pairs, matrix_view<S> scores, const context& ctx) const {
+    check(q, pairs.rows(), pairs.cols(), scores, ctx);
     const index_t T = q.rows(), n = config.sub_keys, m = config.top_k, k = config.final_k, r = config.rank, M = config.cores;
     const index_t tiles = (T + tile - 1) / tile;
     const scratch<S> sum(ctx, config.heads * r, r);
@@ -152,6 +154,7 @@ struct tucker_keys {
 
   /// The scores of pairs that were chosen before (replay).
   void rescore(matrix_view<const S> q, const prepared& p, matrix_view<const slot_t> pairs, matrix_view<S> scores, const context& ctx) const {
+    check(q, pairs.rows(), pairs.cols(), scores, ctx);
     const index_t T = q.rows(), k = config.final_k, M = config.cores;
     const scratch<slot_t> ids(ctx, 2, T * k);
     const scratch<S> factors(ctx, 2 * config.rank, T * k);
@@ -168,6 +171,10 @@ struct tucker_keys {
   /// of the normed keys d_unit (added to).
   void backward(matrix_view<const S> q, const prepared& p, matrix_view<const slot_t> pairs, matrix_view<const S> ds, matrix_view<S> dq,
                 matrix_view<S> d_unit, gradient& g, const context& ctx) const {
+    check(q, pairs.rows(), pairs.cols(), ds, ctx);
+    require_shape(who, "dq", dq, q.rows(), q.cols());
+    require_shape(who, "d_unit", d_unit, keys.rows(), keys.cols());
+    check_gradient(who, *this, g);
     constexpr index_t part = 64;  // tokens of one partial sum of the cores' gradient
     const index_t T = q.rows(), k = config.final_k, r = config.rank, M = config.cores, parts = (T + part - 1) / part, d = config.width;
     const scratch<slot_t> ids(ctx, 2, T * k);
@@ -290,6 +297,14 @@ struct tucker_keys {
   }
 
  private:
+  static constexpr const char* who = "tucker_keys";
+  template <class T>
+  void check(matrix_view<const S> q, index_t rows, index_t cols, matrix_view<T> scores, const context& ctx) const {
+    require_features(who, blocks() * config.width, q);
+    require<shape_error>(rows == q.rows() && cols == picks(), who, ": expected pairs of shape ", to_text(q.rows(), picks()), ", got ", to_text(rows, cols));
+    require_shape(who, "scores", scores, q.rows(), picks() * config.cores);
+    ctx.check(who, q.rows());
+  }
   static constexpr index_t tile = 128;  // tokens: their scores of one axis stay in the second-level cache
 
   /// Keys [H 2 n x r d] as rows of one rank each.

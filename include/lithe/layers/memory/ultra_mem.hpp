@@ -106,17 +106,18 @@ struct ultra_mem {
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, const context& ctx) const {
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
+    const shown<S> in(x, ctx);
     const scratch<S> q(ctx, x.rows(), query.outputs());
-    query.forward(x, q, ctx);
-    answer(x, q, y, ctx);
+    query.forward(in, q, ctx);
+    answer(in, q, y, ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
+    const shown<S> in(x, ctx);
     const index_t T = x.rows(), K = search.picks();
-    require<state_error>(!ctx.replay || r.addresses.value.rows() == T, "ultra_mem: replay needs the addresses of a recorded forward over the same ", T,
-                         " tokens, got ", r.addresses.value.rows());
-    query.forward(x, r.query, ctx);
+    if (ctx.replay) check_addresses(T, r);
+    query.forward(in, r.query, ctx);
     const typename tucker_keys<S>::prepared keys(search, false, ctx);
     r.scores.resize(T, K * config.cores);
     if (ctx.replay) {
@@ -129,13 +130,19 @@ struct ultra_mem {
     r.rank_loss.loss =
         config.rank_loss > 0 ? static_cast<S>(config.rank_loss * detail::rank_loss<S>(search.cores, config.heads, config.rank_margin, 0, {})) : S(0);
     const scratch<S> weights(ctx, config.relu_scores ? T : 0, r.scores.cols());
-    expansion.forward(x, view(r.addresses.value), activated(r.scores, weights), y, &r.values, ctx);
+    expansion.forward(in, view(r.addresses.value), activated(r.scores, weights), y, &r.values, ctx);
     drop_and_hide(y, ctx);
   }
 
   /// As in value_expansion and tucker_keys, from the last step back to the first; the own losses add ctx.auxiliary times theirs.
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx) const {
+    check_backward(who, *this, x, dy, dx, g, ctx);
     const index_t T = x.rows();
+    check_addresses(T, r);
+    recorded(who, r.scores, T, search.picks() * config.cores);
+    query.check_record(x, r.query);
+    if (config.balance > 0) recorded(who, r.hits.value, 2, config.sub_keys);
+    const shown<S> in(x, ctx);
     const bool changed = !ctx.mask.empty() || (ctx.train && config.output_dropout > 0);
     const scratch<S> shown(ctx, changed ? T : 0, dy.cols()), weights(ctx, config.relu_scores ? T : 0, r.scores.cols()), ds(ctx, T, r.scores.cols());
     const scratch<S> dq(ctx, T, query.outputs()), d_unit(ctx, search.keys.rows(), search.keys.cols());
@@ -147,7 +154,7 @@ struct ultra_mem {
     dx.map().setZero();
     dq.map().setZero();
     d_unit.map().setZero();
-    expansion.backward(x, view(r.addresses.value), activated(r.scores, weights), r.values, changed ? matrix_view<const S>(shown) : dy, ds, dx, g.expansion,
+    expansion.backward(in, view(r.addresses.value), activated(r.scores, weights), r.values, changed ? matrix_view<const S>(shown) : dy, ds, dx, g.expansion,
                        ctx);
     if (config.relu_scores) ds.map().array() *= (r.scores.array() > S(0)).template cast<S>();
     search.backward(r.query.queries, keys, view(r.addresses.value), ds, dq, d_unit, g.search, ctx);
@@ -156,18 +163,21 @@ struct ultra_mem {
     if (config.rank_loss > 0)
       detail::rank_loss<S>(search.cores, config.heads, config.rank_margin, ctx.auxiliary * config.rank_loss, matrix_view<S>(g.search.cores));
     search.norm_backward(keys, d_unit, g.search, ctx);
-    query.backward(x, r.query, dq, dx, g.query, ctx);
+    query.backward(in, r.query, dq, dx, g.query, ctx);
   }
 
   /// The table rows and the virtual table of each pick, both [T x K], -1 and 0 for hidden rows: for usage metrics.
   void picked(const record& r, matrix_view<slot_t> rows, matrix_view<slot_t> group, const context& ctx) const {
+    check_addresses(r.addresses.value.rows(), r);
+    require_shape(who, "rows", rows, r.addresses.value.rows(), search.picks());
+    require_shape(who, "group", group, r.addresses.value.rows(), search.picks());
     expansion.locate(view(r.addresses.value), rows, group, ctx);
   }
 
   // Only the convolution keeps a cache.
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return query.convolution.make_cache(slots, capacity); }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
-    check(x, y);
+    check_forward(who, *this, x, y, ctx);
     const scratch<S> q(ctx, x.rows(), query.outputs());
     query.decode(x, q, c, ctx);
     answer(x, q, y, ctx);
@@ -187,6 +197,8 @@ struct ultra_mem {
   }
 
  private:
+  static constexpr const char* who = "ultra_mem";
+
   static ultra_mem_config completed(ultra_mem_config c) {
     require<config_error>(c.features >= 1, "ultra_mem: expected at least 1 feature, got ", c.features);
     if (c.value_width == 0) c.value_width = std::max<index_t>(1, c.features / 2);
@@ -275,9 +287,8 @@ struct ultra_mem {
     return {mean, square / count - mean * mean};
   }
 
-  void check(matrix_view<const S> x, matrix_view<S> y) const {
-    const shape out = output_shape(x);
-    require_shape("ultra_mem", "y", y, out.rows, out.cols);
+  void check_addresses(index_t T, const record& r) const {
+    recorded_slots(who, r.addresses.value, T, search.picks(), config.sub_keys * config.sub_keys);
   }
   void answer(matrix_view<const S> x, matrix_view<const S> q, matrix_view<S> y, const context& ctx) const {
     const index_t T = x.rows(), K = search.picks();

@@ -46,6 +46,14 @@ struct ultra_mem_query {
     projection.forward(input(x, r), r.projected, ctx);
     norm.forward(by_block(view(std::as_const(r.projected))), by_block(view(r.queries)), r.statistics, ctx);
   }
+  /// Throws state_error unless r is of a forward over x.
+  void check_record(matrix_view<const S> x, const record& r) const {
+    constexpr const char* who = "ultra_mem";
+    const index_t T = x.rows();
+    recorded(who, r.convolved, convolution.none() ? 0 : T, x.cols());
+    for (const matrix<S>* m : {&r.projected, &r.queries}) recorded(who, *m, T, outputs());
+    recorded(who, r.statistics, by_block(view(r.projected)).rows(), 2);
+  }
   /// dq is used up, dx added to.
   void backward(matrix_view<const S> x, const record& r, matrix_view<S> dq, matrix_view<S> dx, gradient& g, const context& ctx) const {
     norm.backward(by_block(view(r.projected)), r.statistics, by_block(dq), by_block(dq), g.norm, ctx);

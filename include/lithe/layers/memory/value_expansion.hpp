@@ -176,17 +176,20 @@ struct value_expansion {
   void backward(matrix_view<const S> x, matrix_view<const slot_t> addresses, matrix_view<const S> scores, const record& r, matrix_view<const S> dy,
                 matrix_view<S> ds, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t T = x.rows(), K = addresses.cols(), M = config.cores;
+    const bool pre = config.pre_width > 0;
+    recorded("ultra_mem", r.read, T, config.groups * config.value_width);
+    recorded("ultra_mem", r.pre_query, pre ? T : 0, config.pre_width);
+    recorded("ultra_mem", r.dots, pre ? T : 0, K);
     const scratch<slot_t> rows(ctx, T, K), group(ctx, T, K);
     const scratch<S> dread(ctx, T, r.read.cols());
     locate(addresses, rows, group, ctx);
     projection.backward(r.read, {}, dy, dread, g.projection, ctx);
     const detail::expanded_picks<S> picks(rows.view(), group.view(), config.groups, M, ctx);
-    const scratch<S> dw(ctx, picks.slots.rows(), 1), ddots(ctx, config.pre_width > 0 ? T : 0, K);
+    const scratch<S> dw(ctx, picks.slots.rows(), 1), ddots(ctx, pre ? T : 0, K);
     weigh(picks, scores, r.dots, ctx);
     values.row_dots(picks.slots.span(), picks.length, by_slice(dread.view()), dw.span(), ctx);
     values.scatter_add(picks.picks(), by_slice(dread.view()), g.values, ctx);
 
-    const bool pre = config.pre_width > 0;
     ctx.exec->run(T, 64, [&](index_t first, index_t last) {
       for (index_t t = first; t < last; ++t)
         for (index_t p = 0; p < K; ++p) {
