@@ -69,7 +69,7 @@ struct adaptive_depth {
   void backward(matrix_view<const S> x, const memory& m, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, const memory_gradient& dm,
                 gradient& g, const context& ctx) const {
     detail::check_rows("adaptive_depth", "dlogits", *this, x, dlogits, ctx);
-    require_shape("adaptive_depth", "dx", dx, x.rows(), x.cols());
+    detail::check_like("adaptive_depth", "dx", dx, x);
     check_gradient("adaptive_depth", *this, g);
     recorded("adaptive_depth", r.states, output_shape(x).rows, x.cols());
     const scratch<S> dstates(ctx, r.states.rows(), r.states.cols());

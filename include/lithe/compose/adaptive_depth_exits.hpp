@@ -78,15 +78,15 @@ struct exit_classifiers {
     classifier(n).forward(normed, logits, alone);
   }
   void forward(matrix_view<const S> x, matrix_view<S> logits, const context& ctx) const {
-    const index_t T = output_shape(x).rows / exits;
-    require_shape("exit_classifiers", "logits", logits, x.rows(), classes());
+    detail::check_matrices("exit_classifiers", "logits", *this, x, logits);
+    const index_t T = x.rows() / exits;
     ctx.check("exit_classifiers", T);
     if (alike()) return answer(1, x, logits, ctx);
     for (index_t n = 1; n <= exits; ++n) answer(n, x.slice_rows((n - 1) * T, T), logits.slice_rows((n - 1) * T, T), ctx);
   }
   void forward(matrix_view<const S> x, matrix_view<S> logits, record& r, const context& ctx) const {
-    const index_t T = output_shape(x).rows / exits;
-    require_shape("exit_classifiers", "logits", logits, x.rows(), classes());
+    detail::check_matrices("exit_classifiers", "logits", *this, x, logits);
+    const index_t T = x.rows() / exits;
     ctx.check("exit_classifiers", T);
     r.order.clear();
     r.offsets.resize(static_cast<std::size_t>(exits) + 1);
@@ -121,8 +121,10 @@ struct exit_classifiers {
     recorded("exit_classifiers", r.offsets, static_cast<std::size_t>(exits) + 1);
     require<state_error>(r.offsets.back() == x.rows(), "exit_classifiers: the record is of another call: expected ", x.rows(), " rows, got ",
                          r.offsets.back());
+    require_features("exit_classifiers", classifiers.front().weight.cols(), x);
     require_shape("exit_classifiers", "dlogits", dlogits, x.rows(), classes());
-    require_shape("exit_classifiers", "dx", dx, x.rows(), x.cols());
+    detail::require_data("exit_classifiers", "dlogits", dlogits);
+    detail::check_like("exit_classifiers", "dx", dx, x);
     ctx.check("exit_classifiers", r.order.empty() ? x.rows() / exits : x.rows());
     check_gradient("exit_classifiers", *this, g);
     recorded("exit_classifiers", r.norms, norms.size());

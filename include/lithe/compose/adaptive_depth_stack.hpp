@@ -132,7 +132,7 @@ struct adaptive_stack {
     const index_t T = x.rows(), N = exits();
     const std::vector<std::uint8_t>& skipped = r.skipped.value;
     detail::check_rows("adaptive_stack", "dy", *this, x, dy, ctx);
-    require_shape("adaptive_stack", "dx", dx, T, x.cols());
+    detail::check_like("adaptive_stack", "dx", dx, x);
     check_gradient("adaptive_stack", *this, g);
     recorded("adaptive_stack", r.blocks, static_cast<std::size_t>(N));
     recorded("adaptive_stack", r.states, (N - 1) * T, x.cols());

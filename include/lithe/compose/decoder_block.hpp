@@ -71,8 +71,8 @@ struct decoder_block {
   void backward(matrix_view<const S> x, memory_view<S> m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dm, gradient& g,
                 const context& ctx) const {
     detail::check_rows(who, "dy", *this, x, dy, ctx);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
-    require_shape(who, "dm", dm, m.x.rows(), m.x.cols());
+    detail::check_like(who, "dx", dx, x);
+    detail::check_like(who, "dm", dm, m.x);
     check_gradient(who, *this, g);
     for (const matrix<S>* h : {&r.a, &r.normed, &r.b}) recorded(who, *h, x.rows(), x.cols());
     const scratch<S> db(ctx, x.rows(), x.cols()), dc(ctx, x.rows(), x.cols()), dn(ctx, x.rows(), x.cols()), da(ctx, x.rows(), x.cols());
@@ -91,6 +91,7 @@ struct decoder_block {
   /// Slot s reads sequence source[s] of the memory; what the cache knew of another memory is forgotten.
   void start(memory_view<S> m, std::span<const index_t> source, cache& c) const { start_cross_cache(cross, m, source, c.cross); }
   void decode(matrix_view<const S> x, memory_view<S> m, matrix_view<S> y, cache& c, const context& ctx) const {
+    check_decode(who, *this, x, y);
     const scratch<S> a(ctx, x.rows(), x.cols()), n(ctx, x.rows(), x.cols()), b(ctx, x.rows(), x.cols());
     lithe::decode(self, x, a.view(), c.self, ctx.child(0));
     norm.forward(a, n, ctx.child(1));

@@ -93,7 +93,7 @@ struct encoder_exits {
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlogits, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t B = check(x, ctx), N = exits();
     require_shape("encoder_exits", "dlogits", dlogits, N * B, classes());
-    require_shape("encoder_exits", "dx", dx, x.rows(), x.cols());
+    detail::check_like("encoder_exits", "dx", dx, x);
     check_gradient("encoder_exits", *this, g);
     recorded("encoder_exits", r.first, N * B, x.cols());
     recorded("encoder_exits", r.pooled, N * B, x.cols());

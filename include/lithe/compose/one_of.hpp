@@ -67,6 +67,7 @@ struct one_of {
     return c;
   }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    check_decode("one_of", *this, x, y);
     active([&]<std::size_t I>(const auto& b) { lithe::decode(b, x, y, std::get<I>(c), ctx); });
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
@@ -84,7 +85,7 @@ struct one_of {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
-    const auto alike = [&](const auto& other) {
+    [[maybe_unused]] const auto alike = [&](const auto& other) {
       require<unmatched_parts>(other.value.index() == s.value.index(), "expected a gradient or copy of kind ", s.value.index(),
                                ", as make_gradient makes it, got one of kind ", other.value.index());
     };

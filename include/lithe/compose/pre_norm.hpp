@@ -82,6 +82,7 @@ struct pre_norm {
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return lithe::make_cache(inner, slots, capacity); }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const requires(!conditioned) {
+    check_decode(who, *this, x, y);
     const scratch<S> h(ctx, x.rows(), x.cols());
     norm.forward(x, h, ctx.child(0));
     lithe::decode(inner, h, y, c, ctx.child(1));
@@ -124,7 +125,7 @@ struct pre_norm {
   void run_back(matrix_view<const S> x, const conditioning& m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                 const context& ctx) const {
     detail::check_rows(who, "dy", *this, x, dy, ctx);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
+    detail::check_like(who, "dx", dx, x);
     check_gradient(who, *this, g);
     recorded(who, r.normed, x.rows(), x.cols());
     const scratch<S> d(ctx, dy.rows(), ctx.train && drop.rate > 0 ? dy.cols() : 0), dn(ctx, x.rows(), x.cols());

@@ -46,6 +46,7 @@ struct residual {
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return lithe::make_cache(inner, slots, capacity); }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    check_decode("residual", *this, x, y);
     lithe::decode(inner, x, y, c, ctx);
     add<S>(x, y, ctx);
   }

@@ -188,7 +188,7 @@ struct reversible {
   void copy_backward(matrix_view<const S> x, const conditioning& m, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g,
                      const context& ctx) const {
     detail::check_rows(who, "dy", *this, x, dy, ctx);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
+    detail::check_like(who, "dx", dx, x);
     check_gradient(who, *this, g);
     check_record(x.rows(), r);
     const scratch<S> xy(ctx, x.rows(), x.cols());
@@ -206,8 +206,7 @@ struct reversible {
   /// Decodes the parts before `End`, and fills the cache of that one if there is one.
   template <std::size_t End>
   void step(matrix_view<const S> x, const conditioning& m, matrix_view<S> y, cache& c, const context& ctx) const {
-    output_shape(x);
-    require_shape("reversible", "y", y, x.rows(), x.cols());
+    check_decode(who, *this, x, y);
     copy<S>(x, y, ctx);
     const scratch<S> out(ctx, x.rows(), x.cols() / 2);
     each([&]<std::size_t I>() {

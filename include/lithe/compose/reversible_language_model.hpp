@@ -99,6 +99,7 @@ struct reversible_language_model {
     return {positions.make_cache(slots, capacity), blocks.make_cache(slots, capacity)};
   }
   void decode(input_type ids, matrix_view<S> y, cache& c, const context& ctx) const {
+    check_decode(who, *this, ids, y);
     const scratch<S> x(ctx, output_shape(ids).rows, 2 * features()), h(ctx, x.rows(), x.cols());
     embed_next(ids, x, c, ctx);
     blocks.decode(x, h, c.blocks, ctx.child(block_child));

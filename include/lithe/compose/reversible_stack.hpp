@@ -125,7 +125,7 @@ struct reversible_stack {
   }
   void copy_backward(matrix_view<const S> x, const record& r, matrix_view<const S> dy, matrix_view<S> dx, gradient& g, const context& ctx, const auto&... m) const {
     detail::check_rows(who, "dy", *this, x, dy, ctx);
-    require_shape(who, "dx", dx, x.rows(), x.cols());
+    detail::check_like(who, "dx", dx, x);
     check_gradient(who, *this, g);
     recorded(who, r.output, dy.rows(), dy.cols());
     recorded(who, r.blocks, blocks.size());
@@ -136,6 +136,7 @@ struct reversible_stack {
   }
   /// Leads x through the blocks before `end` to y.
   void decode_until(matrix_view<const S> x, matrix_view<S> y, std::size_t end, cache& c, const context& ctx, const auto&... m) const {
+    check_decode(who, *this, x, y);
     const scratch<S> in(ctx, x.rows(), x.cols());
     copy<S>(x, y, ctx);
     for (std::size_t i = 0; i < end; ++i) {

@@ -60,7 +60,10 @@ struct sequential {
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
     return std::apply([&](const auto&... l) { return cache{lithe::make_cache(l, slots, capacity)...}; }, layers);
   }
-  void decode(input_type x, matrix_view<S> y, cache& c, const context& ctx) const { step<0>(x, y, c, ctx); }
+  void decode(input_type x, matrix_view<S> y, cache& c, const context& ctx) const {
+    check_decode(who, *this, x, y);
+    step<0>(x, y, c, ctx);
+  }
   void fill(input_type x, cache& c, const context& ctx) const {
     if constexpr (looks_across) fill_from<0>(x, c, ctx);
   }

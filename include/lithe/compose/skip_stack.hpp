@@ -109,6 +109,7 @@ struct tapped_block {
     decode_tapped(x, y, tap, c, ctx);
   }
   void decode_tapped(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> tap, cache& c, const context& ctx) const {
+    check_decode("tapped_block", *this, x, y);
     const scratch<S> h(ctx, x.rows(), x.cols());
     lithe::decode(mix, x, h.view(), c.mix, ctx.child(0));
     norm.forward(h, tap, ctx.child(1));

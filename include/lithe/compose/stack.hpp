@@ -69,6 +69,7 @@ struct stack {
     return c;
   }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
+    check_decode("stack", *this, x, y);
     through(x, y, ctx,
             [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { lithe::decode(blocks[i], in, out, c[i], ctx.child(i)); });
   }

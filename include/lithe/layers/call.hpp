@@ -51,6 +51,13 @@ void require_data(const char* who, const char* what, matrix_view<S> m) {
                          " columns with a stride of ", m.stride());
 }
 
+/// An input's gradient.
+template <class S>
+void check_like(const char* who, const char* what, matrix_view<S> dx, matrix_view<const S> x) {
+  require_shape(who, what, dx, x.rows(), x.cols());
+  require_data(who, what, dx);
+}
+
 /// The rows of what a layer reads.
 template <class S>
 index_t rows_of_input(matrix_view<const S> x) {
@@ -58,13 +65,18 @@ index_t rows_of_input(matrix_view<const S> x) {
 }
 inline index_t rows_of_input(std::span<const token_t> ids) { return static_cast<index_t>(ids.size()); }
 
-/// What forward and backward have in common: x, an output y (or its gradient dy) called `what`, and the context.
+/// What all calls have in common: x, and an output y (or its gradient dy) called `what`.
 template <class L, class S>
-void check_rows(const char* who, const char* what, const L& l, input_of<L> x, matrix_view<S> y, const context& ctx) {
+void check_matrices(const char* who, const char* what, const L& l, input_of<L> x, matrix_view<S> y) {
   const shape out = l.output_shape(x);
   require_shape(who, what, y, out.rows, out.cols);
   require_data(who, what, y);
   if constexpr (requires { x.cols(); }) require_data(who, "x", x);
+}
+/// The same and the context, which is that of x's rows.
+template <class L, class S>
+void check_rows(const char* who, const char* what, const L& l, input_of<L> x, matrix_view<S> y, const context& ctx) {
+  check_matrices(who, what, l, x, y);
   ctx.check(who, rows_of_input(x));
 }
 
@@ -77,6 +89,11 @@ void check_rows(const char* who, const char* what, const L& l, input_of<L> x, ma
 template <class L>
 void check_forward(const char* who, const L& l, input_of<L> x, matrix_view<typename L::scalar> y, const context& ctx) {
   detail::check_rows(who, "y", l, x, y, ctx);
+}
+/// The same for decode, whose context the cache checks (`position_cache::check`): a container asks here before the first of its caches takes a row.
+template <class L>
+void check_decode(const char* who, const L& l, input_of<L> x, matrix_view<typename L::scalar> y) {
+  detail::check_matrices(who, "y", l, x, y);
 }
 /// Throws state_error unless every tensor of g has the shape of its parameter.
 template <class L>
@@ -92,27 +109,24 @@ template <class L>
 void check_backward(const char* who, const L& l, input_of<L> x, matrix_view<const typename L::scalar> dy, input_gradient_of<L> dx,
                     const gradient_of<L>& g, const context& ctx) {
   detail::check_rows(who, "dy", l, x, dy, ctx);
-  if constexpr (requires { dx.cols(); }) {
-    require_shape(who, "dx", dx, x.rows(), x.cols());
-    detail::require_data(who, "dx", dx);
-  }
+  if constexpr (requires { dx.cols(); }) detail::check_like(who, "dx", dx, x);
   check_gradient(who, l, g);
 }
 /// The matrix (or choices) of a record; throws state_error unless its shape is what a forward of this call left there.
 template <class T>
-[[nodiscard]] matrix_view<const T> recorded(const char* who, const matrix<T>& m, index_t rows, index_t cols) {
+matrix_view<const T> recorded(const char* who, const matrix<T>& m, index_t rows, index_t cols) {
   require<state_error>(m.rows() == rows && m.cols() == cols, who, ": the record is of another call, or was never filled: expected ", to_text(rows, cols),
                        ", got ", to_text(m.rows(), m.cols()));
   return m;
 }
 /// The same for the parts of a record.
 template <class R>
-[[nodiscard]] const std::vector<R>& recorded(const char* who, const std::vector<R>& parts, std::size_t n) {
+const std::vector<R>& recorded(const char* who, const std::vector<R>& parts, std::size_t n) {
   require<state_error>(parts.size() == n, who, ": the record is of another call, or was never filled: expected ", n, " parts, got ", parts.size());
   return parts;
 }
 /// The same for slots, pairs or routes, which must also lie in [-1, n): they say where memory is read.
-[[nodiscard]] inline matrix_view<const slot_t> recorded_slots(const char* who, const matrix<slot_t>& m, index_t rows, index_t cols, index_t n) {
+inline matrix_view<const slot_t> recorded_slots(const char* who, const matrix<slot_t>& m, index_t rows, index_t cols, index_t n) {
   const auto slots = recorded(who, m, rows, cols);
   if (m.size() == 0) return slots;
   require<state_error>(m.minCoeff() >= -1 && m.maxCoeff() < n, who, ": the record is of another layer: expected choices from 0 to ", n - 1,
@@ -159,11 +173,19 @@ class shown {
   shown& operator=(const shown&) = delete;
 
   [[nodiscard]] matrix_view<const S> view() const { return x_; }  ///< as `x`, [T x D]
-  operator matrix_view<const S>() const { return x_; }            // implicit: it stands where x would
 
  private:
   std::optional<scratch<S>> copied_;
   matrix_view<const S> x_;
+};
+
+/// What is shown stands where x would.
+template <class S>
+struct matrix_access<shown<S>> {
+  static const S* data(const shown<S>& m) { return m.view().data(); }        ///< of x, or of the copy
+  static index_t rows(const shown<S>& m) { return m.view().rows(); }         ///< as x
+  static index_t cols(const shown<S>& m) { return m.view().cols(); }         ///< as x
+  static index_t stride(const shown<S>& m) { return m.view().stride(); }     ///< of x, or of the copy
 };
 
 }  // namespace lithe::inline LITHE_ABI

@@ -53,8 +53,9 @@ struct feed_forward {
     check_forward(who, *this, x, y, ctx);
     each_chunk(x.rows(), [&](index_t first, index_t n) {
       const scratch<S> u(ctx, n, up.weight.rows()), v(ctx, gated() ? n : 0, up.weight.rows());
-      hidden(x.slice_rows(first, n), u, v, u, ctx.chunk(first, n));
-      down.forward(u, y.slice_rows(first, n), ctx);
+      const context part = ctx.chunk(first, n);
+      hidden(x.slice_rows(first, n), u, v, u, part);
+      down.forward(u, y.slice_rows(first, n), part);
     });
   }
   void forward(matrix_view<const S> x, matrix_view<S> y, record& r, const context& ctx) const {
@@ -76,27 +77,28 @@ struct feed_forward {
       recorded(who, r.gate, gated() ? x.rows() : 0, width);
     }
     each_chunk(x.rows(), [&](index_t first, index_t n) {
+      const context part = ctx.chunk(first, n);
       const auto xs = x.slice_rows(first, n), dys = dy.slice_rows(first, n);
       const scratch<S> h(ctx, n, width), dh(ctx, n, width), dgate(ctx, gated() ? n : 0, width);
       const scratch<S> again(ctx, chunk > 0 ? n : 0, width), gate_again(ctx, chunk > 0 && gated() ? n : 0, width);
       matrix_view<const S> u = r.up, v = r.gate;
       if (chunk > 0) {
-        hidden(xs, again, gate_again, h, ctx.chunk(first, n));
+        hidden(xs, again, gate_again, h, part);
         u = again;
         v = gate_again;
       } else {
-        activate_hidden(u, v, h, ctx);
+        activate_hidden(u, v, h, part);
       }
-      down.backward(h, {}, dys, dh, g.down, ctx);
+      down.backward(h, {}, dys, dh, g.down, part);
       if (gated()) {
-        activate_gated_backward<S>(kind, v, u, dh, dgate, dh, ctx);
-        drop_hidden(dh, ctx.chunk(first, n));
-        gate.backward(xs, {}, dgate, dx.slice_rows(first, n), g.gate, ctx);
-        up.add_backward(xs, dh, dx.slice_rows(first, n), g.up, ctx);
+        activate_gated_backward<S>(kind, v, u, dh, dgate, dh, part);
+        drop_hidden(dh, part);
+        gate.backward(xs, {}, dgate, dx.slice_rows(first, n), g.gate, part);
+        up.add_backward(xs, dh, dx.slice_rows(first, n), g.up, part);
       } else {
-        activate_backward<S>(kind, u, dh, dh, ctx);
-        drop_hidden(dh, ctx.chunk(first, n));
-        up.backward(xs, {}, dh, dx.slice_rows(first, n), g.up, ctx);
+        activate_backward<S>(kind, u, dh, dh, part);
+        drop_hidden(dh, part);
+        up.backward(xs, {}, dh, dx.slice_rows(first, n), g.up, part);
       }
     });
   }

@@ -80,7 +80,7 @@ struct halting {
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlog_q, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t T = checked(x, dlog_q, ctx);
-    require_shape("halting", "dx", dx, x.rows(), x.cols());
+    detail::check_like("halting", "dx", dx, x);
     check_gradient("halting", *this, g);
     recorded("halting", r.heads, heads.size());
     recorded("halting", r.signals, geometric() ? exits - 1 : T, geometric() ? T : exits);
@@ -114,10 +114,9 @@ struct halting {
  private:
   template <class T>
   index_t checked(matrix_view<const S> x, matrix_view<T> log_q, const context& ctx) const {
-    const shape out = output_shape(x);
-    require_shape("halting", "log q", log_q, out.rows, out.cols);
-    ctx.check("halting", out.rows);
-    return out.rows;
+    detail::check_matrices("halting", "log q", *this, x, log_q);
+    ctx.check("halting", log_q.rows());
+    return log_q.rows();
   }
   /// f(head, first row of x, rows) for the rows that each head of a geometric distribution reads.
   template <class F>

@@ -43,7 +43,7 @@ struct sequence_halting {
   }
   void backward(matrix_view<const S> x, const record& r, matrix_view<const S> dlog_q, matrix_view<S> dx, gradient& g, const context& ctx) const {
     const index_t B = checked(x, dlog_q, ctx);
-    require_shape("sequence_halting", "dx", dx, x.rows(), x.cols());
+    detail::check_like("sequence_halting", "dx", dx, x);
     check_gradient("sequence_halting", *this, g);
     recorded("sequence_halting", r.log_q, B, dlog_q.cols());
     recorded("sequence_halting", r.mean, B, x.cols());

@@ -82,7 +82,7 @@ struct unmatched_parts : state_error {
 /// unmatched_parts unless all of them hold equally many.
 template <class F, class Name, class First, class... Rest>
 void visit_parts(F&& f, Name&& name, First& first, Rest&... rest) {
-  const auto alike = [&](const auto& other) {
+  [[maybe_unused]] const auto alike = [&](const auto& other) {
     require<unmatched_parts>(other.size() == first.size(), "expected a gradient or copy of ", first.size(), " parts, as make_gradient makes it, got one of ",
                              other.size());
   };

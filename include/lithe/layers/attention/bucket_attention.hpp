@@ -249,10 +249,7 @@ struct bucket_attention {
   [[nodiscard]] index_t buckets() const { return factors().total(); }
   [[nodiscard]] index_t directions() const { return config.hash.rounds * hash.directions(factors()); }
 
-  void check_ids(index_t T, const matrix<bucket_t>& ids) const {
-    require<state_error>(ids.rows() == config.heads * config.hash.rounds && ids.cols() == T, who, ": expected the bucket ids of ",
-                         config.heads * config.hash.rounds, " rounds and ", T, " tokens in the record, got ", to_text(ids.rows(), ids.cols()));
-  }
+  void check_ids(index_t T, const matrix<bucket_t>& ids) const { recorded(who, ids, config.heads * config.hash.rounds, T); }
   void check_range(const matrix<bucket_t>& ids) const {
     const bucket_t most = ids.size() == 0 ? bucket_t{0} : ids.maxCoeff();
     require<index_error>(most <= buckets(), who, ": expected bucket ids below ", buckets(), " (or that, for padding), got ", most);

@@ -44,8 +44,8 @@ struct collaborative_cross_attention : detail::collaborative_base<S> {
   }
   void backward(matrix_view<const S> x, memory_view<S> m, const attention_bias<S>& bias, const record& r, matrix_view<const S> dy, matrix_view<S> dx,
                 matrix_view<S> dm, gradient& g, const context& ctx) const {
-    require_shape(who, "dx", dx, x.rows(), x.cols());
-    require_shape(who, "dm", dm, m.x.rows(), m.x.cols());
+    detail::check_like(who, "dx", dx, x);
+    detail::check_like(who, "dm", dm, m.x);
     check_gradient(who, *this, g);
     this->run_backward(who, checked("dy", x, m, bias, dy, ctx), x, m.x, r, dy, dx, dm, g, ctx);
   }

@@ -214,11 +214,7 @@ struct lsh_attention {
     check_forward(who, *this, x, y, ctx);
     require<shape_error>(x.rows() >> 31 == 0, "lsh_attention: expected fewer than 2^31 tokens, got ", x.rows());
   }
-  void check_ids(index_t T, const record& r) const {
-    const auto& ids = r.buckets.value;
-    require<state_error>(ids.rows() == config.heads * config.hash.rounds && ids.cols() == T, "lsh_attention: expected the bucket ids of ",
-                         config.heads * config.hash.rounds, " rounds and ", T, " tokens in the record, got ", to_text(ids.rows(), ids.cols()));
-  }
+  void check_ids(index_t T, const record& r) const { recorded(who, r.buckets.value, config.heads * config.hash.rounds, T); }
   // Whether the record's ids are taken as they are.
   bool prepare(index_t T, record& r, const context& ctx) const {
     if (ctx.replay || config.hash.family == hash_family::external)
