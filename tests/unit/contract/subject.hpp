@@ -49,6 +49,8 @@ struct subject {
   virtual boxed make_gradient() const = 0;
   virtual boxed unmade_gradient() const = 0;
   virtual bool trains() const = 0;  ///< whether a gradient has tensors
+  virtual index_t parameters() const = 0;
+  virtual cost forward_cost(index_t length) const = 0;
   virtual std::vector<matrix<S>> tensors(const box& g) const = 0;
   virtual bool has_cache() const = 0;
   virtual boxed make_cache(index_t slots, index_t capacity) const = 0;
@@ -113,7 +115,9 @@ class subject_of final : public subject<typename L::scalar> {
   bool records(const box& record) const override { return bytes(of(record, a_record)) != 0; }
   boxed make_gradient() const override { return std::make_unique<box_of<gradient_of<L>>>(lithe::make_gradient(l_)); }
   boxed unmade_gradient() const override { return std::make_unique<box_of<gradient_of<L>>>(); }
-  bool trains() const override { return count_parameters(l_) != 0; }
+  bool trains() const override { return parameters() != 0; }
+  index_t parameters() const override { return count_parameters(l_); }
+  cost forward_cost(index_t length) const override { return l_.forward_cost(length); }
   std::vector<matrix<S>> tensors(const box& g) const override {
     std::vector<matrix<S>> all;
     for_each_tensor(
@@ -170,6 +174,7 @@ struct beside {
     matrix<S> ds = matrix<S>::Zero(s.rows.rows(), s.rows.cols());
     inner.backward(x, s.view(), r, dy, dx, ds, g.inner, ctx);
   }
+  [[nodiscard]] cost forward_cost(index_t length) const { return cost_of(inner, length); }
   template <class F, class... T>
   static void visit(F&& f, T&... s) {
     f("", s.inner...);

@@ -209,7 +209,8 @@ struct product_key_memory {
   [[nodiscard]] cost forward_cost(index_t length) const {
     const double rows = static_cast<double>(keys.picks()), width = static_cast<double>(values.cols() + down.cols());
     const cost table{static_cast<double>(values.slots()) * width, 2 * rows * width, rows * width * sizeof(S)};
-    return query.forward_cost(length) + keys.forward_cost(length) + table + readout.forward_cost(length);
+    const cost norm = (layer.weight.size() != 0 ? layer.forward_cost(length) : cost{}) + (rms.weight.size() != 0 ? rms.forward_cost(length) : cost{});
+    return norm + query.forward_cost(length) + keys.forward_cost(length) + table + readout.forward_cost(length);
   }
   template <class F, class... T>
   static void visit(F&& f, T&... s) {
