@@ -1,13 +1,14 @@
 #!/bin/sh
-# Installs the Debian packages that Lithe's own build needs and that are not there yet, as root or with sudo. Once all are there it touches nothing, so it works offline.
+# Installs the Debian packages that Lithe's demo and tests need, and those named as arguments, as root or with sudo.
+# Once all are there it touches nothing, so it works offline.
 set -eu
 missing=
-while read -r package; do
+for package in $(cat "$(dirname "$0")/debian-packages.txt") "$@"; do
   case $(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null) in
     installed) ;;
     *) missing="$missing $package" ;;
   esac
-done <"$(dirname "$0")/debian-packages.txt"
+done
 [ -n "$missing" ] || exit 0
 
 echo "Installing:$missing"

@@ -5,4 +5,7 @@ if(LITHE_DOXYGEN)
   configure_file(cmake/Doxyfile.in Doxyfile @ONLY)
   file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/reference)
   add_custom_target(reference COMMAND ${LITHE_DOXYGEN} ${PROJECT_BINARY_DIR}/Doxyfile VERBATIM)
+else()
+  add_custom_target(reference COMMAND ${CMAKE_COMMAND} -E echo "doxygen was not found: sh cmake/install-debian.sh doxygen, then configure again"
+                              COMMAND ${CMAKE_COMMAND} -E false VERBATIM)
 endif()

@@ -2,10 +2,11 @@
 # (cmake/doxygen_filter.awk gives the members of the layer concept theirs). Not asked for: structs of settings and data members, which the docstring
 # of their struct explains.
 include(${SETTINGS})
-execute_process(COMMAND ${DOXYGEN} ${binary_dir}/Doxyfile RESULT_VARIABLE failed ERROR_VARIABLE error)
-if(failed)
-  message(FATAL_ERROR "doxygen failed: ${error}")
+if(NOT DOXYGEN)
+  message(NOTICE "skipped: doxygen was not found, so the API reference is not checked (sh cmake/install-debian.sh doxygen)")
+  return()
 endif()
+step("building the API reference" COMMAND ${DOXYGEN} ${binary_dir}/Doxyfile)
 file(STRINGS ${binary_dir}/reference/warnings.txt warnings)
 list(FILTER warnings EXCLUDE REGEX "\\(variable\\) of (struct|class) lithe::.* is not documented")
 list(FILTER warnings EXCLUDE REGEX "Compound lithe::.*(_config|_options) is not documented")

@@ -2,6 +2,8 @@
 # `// accepted` must compile: it shows that the refusals are not refusals of everything.
 include(${SETTINGS})
 file(READ ${SOURCE} text)
+get_filename_component(name ${SOURCE} NAME)
+message(STATUS "compiling ${name}")
 execute_process(COMMAND ${compile} -fsyntax-only ${SOURCE} RESULT_VARIABLE status OUTPUT_VARIABLE said ERROR_VARIABLE said)
 
 if(text MATCHES "^// accepted")
