@@ -6,6 +6,7 @@ if(LITHE_DOXYGEN)
   file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/reference)
   add_custom_target(reference COMMAND ${LITHE_DOXYGEN} ${PROJECT_BINARY_DIR}/Doxyfile VERBATIM)
 else()
+  message(STATUS "doxygen was not found, which only the API reference needs")
   add_custom_target(reference COMMAND ${CMAKE_COMMAND} -E echo "doxygen was not found: sh cmake/install-debian.sh doxygen, then configure again"
                               COMMAND ${CMAKE_COMMAND} -E false VERBATIM)
 endif()

@@ -5,6 +5,7 @@
 #include <lithe/lithe.hpp>
 #include <numbers>
 
+#include "../../examples/support/steps.hpp"
 #include "table.hpp"
 
 namespace tables::facts {
@@ -75,10 +76,11 @@ struct training {
   double rate = 2e-3, value_rate = 1e-2, value_times = 1;
 };
 
-/// Trains on all facts, drawn at random; tell(share) hears how far it is.
+/// Trains on all facts, drawn at random; tell(share) hears how far it is. Returns the steps that were skipped because
+/// they were not finite.
 template <class Model>
-void learn(Model& m, const corpus& known, const training& how, lithe::rng_key key, const lithe::context& base,
-           const std::function<void(double)>& tell) {
+std::int64_t learn(Model& m, const corpus& known, const training& how, lithe::rng_key key, const lithe::context& base,
+                   const std::function<void(double)>& tell) {
   using namespace lithe;
   optimiser<real> adam;
   bool tables = false;
@@ -92,18 +94,21 @@ void learn(Model& m, const corpus& known, const training& how, lithe::rng_key ke
   std::vector<token_t> target;
   context ctx = base;
   ctx.train = true;
+  support::step_guard guard;
   for (index_t step = 0; step < how.steps; ++step) {
     ctx.key = key.child(static_cast<std::uint64_t>(step));
     known.read([&](index_t i) { return static_cast<index_t>(uniform(ctx.key, static_cast<std::uint64_t>(i)) * static_cast<double>(known.count)); }, x,
                target);
     set_zero(m, gradient);
     m.forward(x, logits, record, ctx);
-    cross_entropy<real>(logits, target, {}, logits, ctx);
+    const double loss = cross_entropy<real>(logits, target, {}, logits, ctx).loss;
     m.backward(x, record, logits, dx, gradient, ctx);
     if (tables) adam.config.groups[0].rate = how.value_rate / how.rate * times(step);
-    adam.step(m, gradient, schedule(step), ctx);
+    if (guard.accepts(loss, global_norm(m, gradient, ctx))) adam.step(m, gradient, schedule(step), ctx);
     tell(static_cast<double>(step) / static_cast<double>(how.steps));
   }
+  guard.check();
+  return guard.skipped();
 }
 
 /// What a model knows of all facts.

@@ -11,31 +11,28 @@ namespace tables {
 struct outcome {
   index_t parameters;
   double bits_per_byte, training_rate, inference_rate;  // tokens a second
+  std::int64_t skipped = 0;                             // steps that were not finite
   lithe::usage_report usage{};                          // of its memories, if it has any
 };
 
 inline const corpus& bundled_text(index_t context) {
-  static const corpus text(LITHE_DATA "/kjv_new_testament.txt", context);
+  static const corpus text(EXAMPLE_DATA "/kjv_new_testament.txt", context);
   return text;
 }
 
-/// Trains a model from its seed and evaluates it on held-out text; tell(share) hears how far it is. `change` may first put other layers in it.
-inline outcome train(const model_config& c, const training_config& r, const lithe::context& ctx, const std::function<void(double)>& tell,
-                     const std::function<void(language_model&)>& change = {}) {
+/// Trains a model from its seed and evaluates it on held-out text; tell(share) hears how far it is.
+inline outcome train(const std::string& name, const model_config& c, const training_config& r,
+                     const lithe::context& ctx, const std::function<void(double)>& tell) {
   const corpus& data = bundled_text(c.context);
-  trainer t("", c, r);
-  if (change) {
-    change(t.model);
-    t.adam = lithe::optimiser<real>(trainer::optimiser_settings(t.model, r));
-    t.gradient = lithe::make_gradient(t.model);
-  }
+  trainer t(name, c, r);
   while (t.step < r.steps) {
     t.train_step(data, r, ctx);
     tell(static_cast<double>(t.step) / static_cast<double>(r.steps));
   }
   lithe::prepack(t.model);
   const auto e = t.evaluate(data, ctx, nullptr);
-  outcome o{lithe::count_parameters(t.model), e.bits_per_byte, static_cast<double>(t.tokens) / t.seconds, e.tokens_per_second};
+  outcome o{lithe::count_parameters(t.model), e.bits_per_byte, static_cast<double>(t.tokens) / t.seconds,
+            e.tokens_per_second};
   if (!has_slots(c)) return o;
   lithe::usage_meter meter(slots_of(c));
   t.evaluate(data, ctx, &meter);
@@ -49,14 +46,22 @@ struct contender {
   model_config config;
 };
 
-/// row(contender, outcome) for each of them in turn, with a progress line.
-inline void compare(const std::vector<contender>& all, const training_config& r, const options& o, const lithe::context& ctx,
-                    const std::function<void(const contender&, const outcome&)>& row) {
+/// row(contender, outcome) for each of them in turn, with a progress line. Returns the steps that were skipped because
+/// they were not finite.
+inline std::int64_t compare(const std::vector<contender>& all, const training_config& r, const options& o,
+                            const lithe::context& ctx,
+                            const std::function<void(const contender&, const outcome&)>& row) {
+  std::int64_t skipped = 0;
   for (std::size_t i = 0; i < all.size(); ++i) {
     contender c = all[i];
     c.config.seed = o.seed;
-    row(c, train(c.config, r, ctx, [&](double share) { progress(c.name, (static_cast<double>(i) + share) / static_cast<double>(all.size())); }));
+    const outcome x = train(c.name, c.config, r, ctx, [&](double share) {
+      progress(c.name, (static_cast<double>(i) + share) / static_cast<double>(all.size()));
+    });
+    skipped += x.skipped;
+    row(c, x);
   }
+  return skipped;
 }
 
 }  // namespace tables

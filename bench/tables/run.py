@@ -12,8 +12,11 @@ and renders one HTML page on which each figure stands beside the command that ma
 """
 import argparse
 import html
+import io
 import json
+import math
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -22,21 +25,37 @@ try:
     import matplotlib
 except ImportError:
     sys.exit(f"run.py: {sys.executable} has no matplotlib (Debian: apt-get install python3-matplotlib, and /usr/bin/python3)")
+HERE = pathlib.Path(__file__).resolve().parent
+INK = "#222222"
+# Each series has a colour and a marker; colours are told apart by the colour-blind, too, and have a lighter twin for dark pages.
+COLOURS = {"#0072b2": "#5aa9e6", "#d55e00": "#ff8a4c", "#00805d": "#3fc79a", "#b0568a": "#e39ac4",
+           "#a87400": "#f0c04a", "#4d4d4d": "#c8c8c8", "#2a9db5": "#8fe0f0", "#5b3f8c": "#b59df0"}
+MARKERS = "os^DvPX<>"
+FOLDED = 12  # rows that a table shows without being asked
 matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-                            "svg.hashsalt": "lithe"})
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lithe", "font.family": "sans-serif",
+                            "axes.spines.top": False, "axes.spines.right": False, "savefig.transparent": True,
+                            "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "axes.axisbelow": True,
+                            **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK)})
 import matplotlib.pyplot as plt
 
-HERE = pathlib.Path(__file__).resolve().parent
-COLOURS = ["#1b6ca8", "#d1495b", "#3c8d53", "#8d5a97", "#e08e1b", "#5c6b73"]
 STYLE = """
-body { font: 16px/1.5 Georgia, serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fdfdfb; }
-h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1.5rem; }
-table { border-collapse: collapse; font: 14px/1.4 sans-serif; } th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e0; }
-th { background: #f0f0ea; } .figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 1rem 0; flex: 1 1 26rem; }
-code, pre { font: 13px/1.4 monospace; background: #f0f0ea; } pre { padding: .5rem; overflow-x: auto; }
-.seen { color: #3c8d53; } .unseen { color: #b3541e; } .small { color: #777; font-size: 13px; }
+:root { color-scheme: light dark; --ink: #222222; --page: #fdfdfb; --shade: #f0f0ea; --line: #d8d8d2; --small: #666;
+        --seen: #00694c; --part: #8a5a00; --unseen: #a8421a; LIGHT }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e0; --page: #17181a; --shade: #25272a; --line: #3c3f43; --small: #a0a0a0;
+          --seen: #4fd0a5; --part: #f0c04a; --unseen: #ff9a6a; DARK } }
+body { font: 16px/1.5 Georgia, serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink); background: var(--page); }
+a { color: var(--s0); } h1 { font-size: 1.7rem; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1.5rem; }
+table { border-collapse: collapse; font: 14px/1.4 sans-serif; } .wide { overflow-x: auto; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); } td.text, th.text { text-align: left; }
+th { background: var(--shade); } summary { cursor: pointer; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 1rem 0; flex: 1 1 26rem; } svg { max-width: 100%; height: auto; }
+code, pre { font: 13px/1.4 monospace; background: var(--shade); } pre { padding: .5rem; overflow-x: auto; }
+.seen { color: var(--seen); } .part, .against td { color: var(--part); } .unseen { color: var(--unseen); } .small { color: var(--small); font-size: 13px; }
 """
+for mode, tones in {"LIGHT": COLOURS.keys(), "DARK": COLOURS.values()}.items():
+    STYLE = STYLE.replace(mode, " ".join(f"--s{i}: {tone};" for i, tone in enumerate(tones)))
 
 
 def commit():
@@ -45,25 +64,35 @@ def commit():
 
 
 def make(program, arguments, output):
-    """Runs one table program; its JSON with the command that repeats it and the commit, or None."""
+    """Runs one table program; its exit status. With status 0 its JSON, the command that repeats it and the commit are in `output`."""
     name = program.name.removeprefix("table_")
     target = output / f"{name}.json"
-    command = [str(program), *arguments, "--json", str(target)]
+    fresh = target.with_suffix(".json.new")
     print(f"== {program.name}", flush=True)
     start = time.time()
-    target.unlink(missing_ok=True)
-    if subprocess.run(command).returncode != 0 or not target.exists():
-        print(f"== {program.name} FAILED", flush=True)
-        return None
-    result = json.loads(target.read_text())
+    status = subprocess.run([str(program), *arguments, "--json", str(fresh)]).returncode
+    if status == 0 and not fresh.exists():
+        status = 1
+    if status != 0:
+        kept = f"; {target.name} is that of an earlier run" if target.exists() else ""
+        print(f"== {program.name} {'STOPPED' if status == 130 else 'FAILED'}{kept}", flush=True)
+        return status
+    result = json.loads(fresh.read_text())
     result["command"] = " ".join(["python3 bench/tables/run.py --only", name, *arguments])
     result["commit"] = commit()
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    fresh.write_text(json.dumps(result, indent=1) + "\n")
+    fresh.replace(target)
     print(f"== {program.name} {time.time() - start:.0f} s", flush=True)
-    return result
+    return 0
 
 
-def draw(result, figure, path):
+def style(styles, name):
+    """The colour and the marker of a series, the same in all figures of a table."""
+    i = styles.setdefault(name, len(styles))
+    return list(COLOURS)[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+
+
+def draw(result, figure, styles):
     """One figure as SVG. Rows without an x, and those at 0 of a logarithmic axis, are levels: dashed lines across."""
     columns = {name: i for i, name in enumerate(result["columns"])}
     lines, levels = {}, {}
@@ -76,20 +105,20 @@ def draw(result, figure, path):
         else:
             lines.setdefault(row[columns[figure["by"]]] if figure["by"] else "", []).append((x, y))
     fig, axes = plt.subplots(figsize=(6, 3.8))
-    for (name, y), colour in zip(levels.items(), COLOURS[::-1] * 4):
-        axes.axhline(y, linestyle="--", color=colour, label=str(name))
     names = all(isinstance(x, str) for points in lines.values() for x, _ in points)
     values = [y for points in lines.values() for _, y in points]
     dots = figure["by"] or min(values, default=0) > 0.5 * max(values, default=0)  # bars would cover each other, or all look alike
-    for (name, points), colour in zip(lines.items(), COLOURS * 4):
-        if names and dots:
-            axes.plot([y for _, y in points], [x for x, _ in points], "o", color=colour, label=str(name))
-            axes.grid(alpha=0.25)
+    for name, points in lines.items():
+        colour, marker = style(styles, name)
+        xs, ys = zip(*(points if names else sorted(points)))
+        if names and not dots:
+            axes.barh(xs, ys, color=colour, label=str(name))
         elif names:
-            axes.barh([x for x, _ in points], [y for _, y in points], color=colour, label=str(name))
+            axes.plot(ys, xs, marker, color=colour, label=str(name))
         else:
-            points = sorted(points)
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color=colour, label=str(name))
+            axes.plot(xs, ys, marker=marker, color=colour, label=str(name))
+    for name, y in levels.items():
+        axes.axhline(y, linestyle="--", color=style(styles, name)[0], label=str(name))
     if names:
         axes.invert_yaxis()
         axes.set_xlabel(figure["y"])
@@ -100,38 +129,65 @@ def draw(result, figure, path):
             axes.set_xscale("log", base=2)
         if figure["log_y"]:
             axes.set_yscale("log")
-        axes.grid(alpha=0.25)
-    if figure["by"] or levels:
-        axes.legend(title=figure["by"], frameon=False)
+    if figure["by"] or levels:  # below the axes, where no line is
+        axes.legend(title=figure["by"], frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     axes.set_title(figure["title"], fontsize=11)
-    fig.tight_layout()
-    fig.savefig(path, metadata={"Date": None})
+    text = io.StringIO()
+    fig.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(fig)
+    svg = text.getvalue()
+    for i, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--s{i}, {colour})")
+    return svg.replace(INK, f"var(--ink, {INK})")
 
 
-def cell(x):
-    if x is None:
-        return "-"
-    if isinstance(x, float):
-        return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}"
-    return html.escape(str(x))
+def decimals(x):
+    """Of a number's last digit but two; of 0, none."""
+    return 2 - math.floor(math.log10(abs(x))) if x else 0
+
+
+def cells(column):
+    """The texts of a column: three digits of each number, a fourth where it tells the numbers apart, and none beyond what they have."""
+    numbers = [x for x in column if isinstance(x, float)]
+    apart = decimals(max(numbers, default=0) - min(numbers, default=0))
+    exact = next((n for n in range(8) if all(round(x, n) == x for x in numbers)), 8)
+
+    def text(x):
+        if x is None:
+            return "-"
+        if isinstance(x, float):
+            n = min(exact, max(decimals(x), min(apart, decimals(x) + 1)))
+            return f"{round(x, n):,.{max(n, 0)}f}"
+        return f"{x:,}" if isinstance(x, int) else html.escape(str(x))
+    return [text(x) for x in column]
+
+
+def table(result):
+    """Rows that go against the effect are marked; a long table is folded."""
+    columns = list(zip(*result["rows"]))
+    kinds = [' class="text"' if any(isinstance(x, str) for x in column) else "" for column in columns]
+    against = set(result["against"])
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, result["columns"]))
+    rows = "".join(
+        f"<tr{' class=against' if i in against else ''}>" + "".join(f"<td{kind}>{text}</td>" for kind, text in zip(kinds, row))
+        + (f"<td>{'✗' if i in against else ''}</td>" if against else "") + "</tr>"
+        for i, row in enumerate(zip(*map(cells, columns))))
+    text = f'<div class="wide"><table><tr>{head}{"<th></th>" if against else ""}</tr>{rows}</table></div>'
+    return text if len(result["rows"]) <= FOLDED else f"<details><summary>{len(result['rows'])} rows</summary>{text}</details>"
 
 
 def section(name, result, output):
-    figures = []
+    styles, figures = {}, []
     for i, figure in enumerate(result.get("figures", [])):
-        path = output / f"{name}_{i}.svg"
-        draw(result, figure, path)
-        figures.append(f"<figure>{path.read_text()[path.read_text().index('<svg'):]}</figure>")
-    rows = "".join("<tr>" + "".join(f"<td>{cell(x)}</td>" for x in row) + "</tr>" for row in result["rows"])
-    seen = '<p class="seen">The effect of the paper is seen here.</p>' if result["shown"] else '<p class="unseen">The effect of the paper is not seen at this size.</p>'
-    if result["length"] == "quick":
-        seen = '<p class="unseen">A quick run: it shows that the program works, not what comes out.</p>'
+        svg = draw(result, figure, styles)
+        (output / f"{name}_{i}.svg").write_text(svg)
+        figures.append(f'<figure role="img" aria-label="{html.escape(figure["title"])}">{svg[svg.index("<svg"):]}</figure>')
+    seen = "unseen" if not result["shown"] or result["length"] == "quick" else "part" if result["against"] else "seen"
     return f"""<h2 id="{name}">{html.escape(result["title"])}</h2>
 <p>{html.escape(result["question"])} <span class="small">{html.escape(result["source"])}</span></p>
+<p class="{seen}">{html.escape(result["verdict"])}</p><p>{html.escape(result["finding"])}</p>
 <div class="figures">{"".join(figures)}</div>
-<table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in result["columns"])}</tr>{rows}</table>
-<p>{html.escape(result["finding"])}</p>{seen}
+{table(result)}
 <pre>{html.escape(result.get("command", ""))}</pre>
 <p class="small">{result["seconds"]:.0f} s, {result["workers"]} threads, seed {result["seed"]}, commit {html.escape(result.get("commit", ""))}, {html.escape(result["machine"])}, {html.escape(result["flags"])}</p>
 """
@@ -143,7 +199,7 @@ def render(source, output):
     contents = "".join(f'<li><a href="#{name}">{html.escape(r["title"])}</a>: {html.escape(r["finding"])}</li>' for name, r in results.items())
     body = "".join(section(name, r, output) for name, r in results.items())
     page = output / "index.html"
-    page.write_text(f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Lithe: the papers at two-core size</title><style>{STYLE}</style>"
+    page.write_text(f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Lithe: the papers at two-core size</title><style>{STYLE}</style>"
                     f"<h1>Lithe: the papers' headlines at the size of a small machine</h1><ul>{contents}</ul>{body}</html>\n")
     print(f"wrote {page}")
 
@@ -155,9 +211,10 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these tables alone")
     parser.add_argument("--render", type=pathlib.Path, metavar="FOLDER", help="run nothing, draw the page of the results in this folder (into --output)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_const", dest="length", const=["--quick"], default=[])
-    length.add_argument("--full", action="store_const", dest="length", const=["--full"])
-    parser.add_argument("--workers", help="threads of each program; default: all processors")
+    length.add_argument("--quick", action="store_const", dest="length", const=["--quick"], default=[],
+                        help="seconds instead of minutes: shows that everything works, not what comes out")
+    length.add_argument("--full", action="store_const", dest="length", const=["--full"], help="as long as it takes")
+    parser.add_argument("--workers", help="threads of each program; default: one for each processor that it may use")
     asked = parser.parse_args()
     arguments = asked.length + (["--workers", asked.workers] if asked.workers else [])
     output = asked.output or asked.build / "tables"
@@ -166,7 +223,7 @@ def main():
         if not any(asked.render.glob("*.json")):
             sys.exit(f"run.py: no results (*.json) in {asked.render}")
         return render(asked.render, output)
-    programs = sorted(p for p in (asked.build.resolve() / "bench" / "tables").glob("table_*") if p.is_file())
+    programs = sorted(p for p in (asked.build / "bench" / "tables").glob("table_*") if p.is_file())
     if asked.only:
         unknown = set(asked.only) - {p.name.removeprefix("table_") for p in programs}
         if unknown:
@@ -174,10 +231,20 @@ def main():
         programs = [p for p in programs if p.name.removeprefix("table_") in asked.only]
     if not programs:
         sys.exit(f"run.py: no table programs in {asked.build}; build them first: cmake --build {asked.build} --target tables")
-    failed = [p.name for p in programs if make(p, arguments, output) is None]
-    render(output, output)
+    signal.signal(signal.SIGINT, lambda *_: None)  # the program that runs hears Ctrl-C too, and ends with status 130
+    failed, stopped = [], False
+    for program in programs:
+        status = make(program, arguments, output)
+        stopped = status == 130
+        if stopped:
+            break
+        if status != 0:
+            failed.append(program.name)
+    if any(output.glob("*.json")):
+        render(output, output)
     if failed:
-        sys.exit(f"run.py: failed: {', '.join(failed)}")
+        print(f"run.py: failed: {', '.join(failed)}", file=sys.stderr)
+    sys.exit(130 if stopped else 1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,22 @@
 
 // What the table programs share: options, a progress line, and a table that is printed as text and written as JSON for run.py.
 
-#include <unistd.h>
-
-#include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <functional>
-#include <lithe/core/context.hpp>
-#include <lithe/core/parallel_executor.hpp>
-#include <lithe/io/file.hpp>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "../../examples/support/files.hpp"
+#include "../../examples/support/options.hpp"
+#include "../../examples/support/terminal.hpp"
 #include "../machine.hpp"
 
 namespace tables {
+
+using support::now;
 
 /// How long a table may take: --quick some seconds, by default minutes, --full as long as it takes.
 enum class length { quick, usual, full };
@@ -47,17 +43,31 @@ inline double median_of(std::vector<double>& x) {
   return *middle;
 }
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-/// A line that says how far a table is; on a terminal it overwrites itself.
+/// The line of progress of the one table that a program makes.
+inline support::progress& progress_line() {
+  static support::progress line("percent", 100, 0, stderr);
+  return line;
+}
+/// What ends a table when Ctrl-C asked for it.
+struct stopped {};
+/// Says how far a table is. Throws `stopped` once the program was asked to end.
 inline void progress(const std::string& what, double share) {
-  static const double begin = now();
-  const bool terminal = isatty(STDERR_FILENO) != 0;
-  static double last = -1;
-  const double t = now();
-  if (share < 1 && t - last < (terminal ? 0.2 : 20)) return;
-  last = t;
-  std::fprintf(stderr, "%s%5.1f %%  %4.0f s  %-70s%s", terminal ? "\r" : "", 100 * share, t - begin, what.c_str(), terminal && share < 1 ? "" : "\n");
+  if (support::stop_asked()) throw stopped{};
+  progress_line().show(static_cast<std::int64_t>(100 * share), {what});
+}
+
+/// A number as a table or a sentence has it.
+inline std::string number(double x) { return support::format(std::abs(x) >= 1000 ? "%.0f" : "%.4g", x); }
+/// Words and numbers, as lithe::concat, with so many digits as can be read.
+template <class... T>
+std::string sentence(const T&... parts) {
+  const auto readable = []<class P>(const P& part) {
+    if constexpr (std::is_floating_point_v<P>)
+      return number(part);
+    else
+      return lithe::concat(part);
+  };
+  return (readable(parts) + ...);
 }
 
 /// A curve or points over two columns of the table; one line for each value of `by`, if that names a column. `only`: the rows that begin with this.
@@ -72,12 +82,34 @@ struct table {
   std::string title, source, question;  // source: the paper and where in it
   std::vector<std::string> columns;
   std::vector<figure> figures{};
-  std::string finding{};  // one sentence: what came out
-  bool shown = false;     // whether the paper's effect is seen here
+  std::string finding{};               // one sentence: what came out
+  bool shown = false;                  // whether the paper's effect is seen here
+  std::vector<std::size_t> against{};  // the rows that go against it
+  std::int64_t skipped = 0;            // steps of training whose loss or gradient was not finite
 
   std::vector<std::vector<nlohmann::json>> rows{};
 
   void row(std::vector<nlohmann::json> cells) { rows.push_back(std::move(cells)); }
+  void last_row_is_against() { against.push_back(rows.size() - 1); }
+
+  [[nodiscard]] std::string verdict(length run) const {
+    if (run == length::quick) return "A quick run: it shows that the program works, not what comes out.";
+    const std::string rows_against = against.empty() ? ""
+                                                     : lithe::concat("; ", against.size(), " of ", rows.size(),
+                                                                     " rows, which are marked, go against it");
+    const char* seen = !shown ? "not seen at this size" : against.empty() ? "seen here" : "seen in part";
+    return lithe::concat(
+        "The effect of the paper is ", seen, rows_against, ".",
+        skipped == 0 ? "" : lithe::concat(" Steps skipped because they were not finite: ", skipped, "."));
+  }
+  /// Throws state_error unless all numbers are finite.
+  void check() const {
+    for (const auto& r : rows)
+      for (std::size_t c = 0; c < r.size(); ++c)
+        lithe::require<lithe::state_error>(!r[c].is_number_float() || std::isfinite(r[c].get<double>()),
+                                           "expected finite numbers, got '", columns[c], "' = ", shown_as(r[c]),
+                                           " in the row of ", shown_as(r[0]));
+  }
 
   void print() const {
     std::vector<std::vector<std::string>> text{columns};
@@ -91,16 +123,17 @@ struct table {
     std::printf("\n%s\n%s\n\n", title.c_str(), question.c_str());
     for (std::size_t i = 0; i < text.size(); ++i) {
       for (std::size_t c = 0; c < text[i].size(); ++c) std::printf("| %*s ", static_cast<int>(width[c]), text[i][c].c_str());
-      std::printf("|\n");
+      const bool marked = i > 0 && std::find(against.begin(), against.end(), i - 1) != against.end();
+      std::printf(marked ? "| *\n" : "|\n");
       if (i > 0) continue;
       for (const std::size_t w : width) std::printf("|%s", std::string(w + 2, '-').c_str());
       std::printf("|\n");
     }
-    std::printf("\n%s\n", finding.c_str());
   }
   [[nodiscard]] nlohmann::json json() const {
-    nlohmann::json j{{"title", title}, {"source", source},   {"question", question}, {"columns", columns},
-                     {"rows", rows},   {"finding", finding}, {"shown", shown}};
+    nlohmann::json j{{"title", title},     {"source", source},   {"question", question},
+                     {"columns", columns}, {"rows", rows},       {"finding", finding},
+                     {"shown", shown},     {"against", against}, {"skipped_steps", skipped}};
     for (const figure& f : figures)
       j["figures"].push_back({{"title", f.title}, {"x", f.x}, {"y", f.y}, {"by", f.by}, {"only", f.only}, {"log_x", f.log_x}, {"log_y", f.log_y}});
     return j;
@@ -110,52 +143,61 @@ struct table {
     if (cell.is_string()) return cell.get<std::string>();
     if (cell.is_null()) return "-";
     if (!cell.is_number_float()) return cell.dump();
-    const double x = cell.get<double>();
-    char buffer[32];
-    std::snprintf(buffer, sizeof buffer, std::abs(x) >= 1000 ? "%.0f" : "%.4g", x);
-    return buffer;
+    return number(cell.get<double>());
   }
 };
 
 /// The main function of a table program: reads the options, makes the table, prints and writes it. `of_a_model`: a table about a trained model.
-inline int main_of(int argc, char** argv, const std::function<table(const options&, const lithe::context&)>& make, bool of_a_model = false) {
+inline int main_of(int argc, char** argv,
+                   const std::function<void(const options&, const lithe::context&, table&)>& make,
+                   bool of_a_model = false) {
   options o;
   bool quick = false, full = false;
-  CLI::App app{"Makes one of the tables of bench/tables."};
+  CLI::App app{"Makes one of the tables of bench/tables.", std::filesystem::path(argv[0]).filename().string()};
   app.add_flag("--quick", quick, "seconds instead of minutes: shows that it works, not what comes out");
   app.add_flag("--full", full, "as long as it takes")->excludes("--quick");
-  app.add_option("--workers", o.workers, "threads; 0 = all processors")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--seed", o.seed)->capture_default_str();
+  support::add_workers(app, o.workers);
+  support::add_seed(app, o.seed, "what all random numbers are drawn from");
   app.add_option("--json", o.json, "file for the results");
   if (of_a_model) app.add_option("--model", o.model, "a saved model to look at instead of training one")->check(CLI::ExistingFile);
-  CLI11_PARSE(app, argc, argv);
-  o.run = quick ? length::quick : full ? length::full : length::usual;
-  if (o.workers == 0) o.workers = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  try {
+  return support::run_program(app, argc, argv, [&] {
+    o.run = quick ? length::quick : full ? length::full : length::usual;
+    support::outputs files;
+    files.reads(o.model);
+    files.add("--json", o.json);
+    support::catch_signals();
     const double begin = now();
-    std::optional<lithe::atomic_file> file;  // opened first: a run of an hour is not to end at a folder that is not there
-    if (!o.json.empty()) file.emplace(o.json);
-    const lithe::parallel_executor exec(o.workers);
+    const lithe::parallel_executor exec = support::make_executor(o.workers);
+    o.workers = static_cast<int>(exec.workers());
     lithe::workspace work(exec);
-    const table t = make(o, {.exec = &exec, .work = &work});
-    progress("done", 1);
+    table t;
+    try {
+      make(o, {.exec = &exec, .work = &work}, t);
+      t.check();
+    } catch (const stopped&) {
+      progress_line().end();
+      if (!t.rows.empty()) t.print();
+      std::fprintf(stderr, "stopped with %zu rows; nothing was written\n", t.rows.size());
+      return support::stop_status();
+    } catch (...) {
+      progress_line().end();
+      throw;
+    }
+    progress_line().show(100);
     t.print();
-    if (!file) return 0;
+    std::printf("\n%s\n%s\n", t.finding.c_str(), t.verdict(o.run).c_str());
+    if (o.json.empty()) return 0;
     nlohmann::json j = t.json();
+    j["verdict"] = t.verdict(o.run);
     j["seconds"] = now() - begin;
     j["machine"] = machine::cpu_field("model name");
     j["workers"] = o.workers;
     j["seed"] = o.seed;
     j["flags"] = LITHE_BENCH_FLAGS;
     j["length"] = o.pick("quick", "usual", "full");
-    const std::string text = j.dump(1) + "\n";
-    file->write(text.data(), text.size());
-    file->commit();
+    support::write_file(o.json, j.dump(1) + "\n");
     return 0;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "\n%s: %s\n", argv[0], e.what());
-    return 1;
-  }
+  });
 }
 
 }  // namespace tables

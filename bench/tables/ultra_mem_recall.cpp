@@ -120,15 +120,15 @@ double product_keys_beside(index_t n, index_t m, rng_key key, const context& ctx
   return beside_best(pairs, 4, n);
 }
 
-/// A layer trained to recall facts, on the inputs that it sees then.
+/// A layer trained to recall facts, on the inputs that it sees then. Returns the skipped steps.
 template <class Layer, class F>
-void with_trained(Layer start, const tables::options& o, const context& ctx, F&& look) {
+std::int64_t with_trained(Layer start, const tables::options& o, const context& ctx, F&& look) {
   namespace facts = tables::facts;
   const rng_key key{o.seed};
   const facts::corpus known(o.pick<index_t>(200, 4000, 4000), key.child(0));
   facts::model model = facts::make_model({std::move(start)}, key.child(2));
-  facts::learn(model, known, {.steps = o.pick<index_t>(20, 1000, 2200)}, key.child(3), ctx,
-               [](double share) { tables::progress("training", 0.99 * share); });
+  const std::int64_t skipped = facts::learn(model, known, {.steps = o.pick<index_t>(20, 1000, 2200)}, key.child(3), ctx,
+                                            [](double share) { tables::progress("training", 0.99 * share); });
   matrix<real> x;
   std::vector<token_t> target;
   known.read([&](index_t i) { return i; }, x, target);
@@ -140,24 +140,31 @@ void with_trained(Layer start, const tables::options& o, const context& ctx, F&&
   const Layer& trained = std::get<Layer>(layer.value);
   trained.forward(in, y, r, ctx);
   look(trained, r);
+  return skipped;
 }
 
-tables::table make(const tables::options& o, const context& ctx) {
+void make(const tables::options& o, const context& ctx, tables::table& t) {
   const index_t n = o.pick<index_t>(32, 128, 256);
   const rng_key key{o.seed};
-  tables::table t{
-      .title = "What the filter of TDQKR finds",
-      .source = "arXiv 2411.12364 section 3.2",
-      .question =
-          concat(n, " x ", n, " pairs, normal queries and keys as they start, or after training on facts: the share of the exact top-m that ",
-                 "the rank-1 filter lets through, of all pairs and of those whose filter scores are not both negative (two negative factors make a "
-                 "large score, too, which the filter never sees), and the share of picks in the best pick's row or column."),
-      .columns = {"keys", "rank", "second / first singular value", "m", "recall", "recall, not both negative", "beside the best"},
-      .figures = {{.title = "Recall by ratio of singular values",
-                   .x = "second / first singular value",
-                   .y = "recall, not both negative",
-                   .only = "TDQKR, cores of a ratio"},
-                  {.title = "Recall by rank", .x = "rank", .y = "recall, not both negative", .by = "m", .only = "TDQKR at its start"}}};
+  t = {.title = "What the filter of TDQKR finds",
+       .source = "arXiv 2411.12364 section 3.2",
+       .question = concat(
+           n, " x ", n,
+           " pairs, normal queries and keys as they start, or after training on facts: the share of the exact top-m "
+           "that the rank-1 filter lets through, of all pairs and of those whose filter scores are not both negative "
+           "(two negative factors make a large score, too, which the filter never sees), and the share of picks in the "
+           "best pick's row or column."),
+       .columns = {"keys", "rank", "second / first singular value", "m", "recall", "recall, not both negative",
+                   "beside the best"},
+       .figures = {{.title = "Recall by ratio of singular values",
+                    .x = "second / first singular value",
+                    .y = "recall, not both negative",
+                    .only = "TDQKR, cores of a ratio"},
+                   {.title = "Recall by rank",
+                    .x = "rank",
+                    .y = "recall, not both negative",
+                    .by = "m",
+                    .only = "TDQKR at its start"}}};
   const auto row = [&](const std::string& what, const search_layer& k, const matrix<real>& q) {
     const found f = compare_searches(k, q, ctx);
     t.row({what, k.config.rank, f.ratio, k.config.final_k, f.recall, f.positive, f.beside});
@@ -184,18 +191,20 @@ tables::table make(const tables::options& o, const context& ctx) {
   auto u = tables::facts::ultra_mem_settings(n);
   auto p = tables::facts::product_key_settings(n);
   u.top_k = p.top_k = 16;
-  with_trained(ultra_mem<real>(u, key.child(4)), o, ctx,
-               [&](const auto& m, const auto& r) { trained_beside = row("TDQKR after training", m.search, r.query.queries).beside; });
-  with_trained(product_key_memory<real>(p, key.child(4)), o, ctx, [&](const auto& m, const auto& r) {
+  t.skipped += with_trained(ultra_mem<real>(u, key.child(4)), o, ctx, [&](const auto& m, const auto& r) {
+    trained_beside = row("TDQKR after training", m.search, r.query.queries).beside;
+  });
+  t.skipped += with_trained(product_key_memory<real>(p, key.child(4)), o, ctx, [&](const auto& m, const auto& r) {
     product_beside = beside_best(view(r.pairs.value), m.config.heads, m.config.sub_keys);
     t.row({"product keys after training", nullptr, nullptr, p.top_k, 1.0, nullptr, product_beside});
   });
   t.shown = exact.recall == 1 && first > last && trained_beside < product_beside;
-  t.finding = concat("Of the exact top-16 whose filter scores are not both negative a rank-2 core's filter lets ", 100 * first,
-                     " % through with one singular value and ", 100 * last, " % with two equal ones; all where no factor is negative (",
-                     100 * exact.recall, " %). After training ", 100 * trained_beside, " % of TDQKR's picks lie beside the best, ",
-                     100 * product_beside, " % of the product keys'.");
-  return t;
+  t.finding =
+      tables::sentence("Of the exact top-16 whose filter scores are not both negative a rank-2 core's filter lets ",
+                       100 * first, " % through with one singular value and ", 100 * last,
+                       " % with two equal ones; all where no factor is negative (", 100 * exact.recall,
+                       " %). After training ", 100 * trained_beside, " % of TDQKR's picks lie beside the best, ",
+                       100 * product_beside, " % of the product keys'.");
 }
 
 }  // namespace
