@@ -5,6 +5,8 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "lithe/core/error.hpp"
@@ -59,38 +61,65 @@ class blocks {
 };
 
 /// Last in, first out memory of one worker. A request goes into the first block from the top on that has room for it: calls that have
-/// found room once find it again, whatever blocks were added since.
+/// found room once find it again, whatever blocks were added since. While anything is taken, it belongs to the thread that took it.
 class alignas(64) arena {
  public:
   struct mark {
     std::size_t block = 0, used = 0;
+    bool operator==(const mark&) const = default;
+  };
+  struct taken {
+    std::byte* data;
+    mark before;  // what release() asks for
   };
   arena(blocks& from, index_t stack) : from_(&from), stack_(stack) {}
+  arena(arena&& other) noexcept : from_(other.from_), stack_(other.stack_), top_(other.top_) {}  // for the vector, which owns all or none
 
-  std::byte* take(std::size_t bytes) {
-    bytes = (bytes + 63) & ~std::size_t{63};
-    for (;; top_ = {top_.block + 1, 0}) {
-      if (top_.block == from_->count()) from_->extend(top_.block, bytes);
-      if (top_.used + bytes <= from_->size(top_.block)) break;
+  /// Throws state_error while another thread holds memory of this arena.
+  taken take(std::size_t bytes) {
+    own();
+    const mark before = top_;
+    bytes = (std::max<std::size_t>(bytes, 1) + 63) & ~std::size_t{63};  // of no bytes too: `before` tells the first from the others
+    try {
+      for (;; top_ = {top_.block + 1, 0}) {
+        if (top_.block == from_->count()) from_->extend(top_.block, bytes);
+        if (top_.used + bytes <= from_->size(top_.block)) break;
+      }
+    } catch (...) {
+      release(before);
+      throw;
     }
     std::byte* p = from_->data(top_.block, stack_) + top_.used;
     top_.used += bytes;
-    return p;
+    return {p, before};
   }
-  [[nodiscard]] mark top() const { return top_; }
-  void release(mark m) { top_ = m; }
+  void release(mark before) {
+    top_ = before;
+    if (before == mark{}) owner_.store({}, std::memory_order_release);
+  }
 
  private:
+  void own() {
+    const auto here = std::this_thread::get_id();
+    if (owner_.load(std::memory_order_relaxed) == here) return;
+    std::thread::id nobody;
+    require<state_error>(owner_.compare_exchange_strong(nobody, here, std::memory_order_acquire),
+                         "workspace: used by two threads at the same time; a workspace belongs to one caller at a time");
+  }
   blocks* from_;
   index_t stack_;
   mark top_;
+  std::atomic<std::thread::id> owner_{};  // nobody while nothing is taken
 };
 
 }  // namespace detail
 
 /// Scratch memory of one calling thread and of the workers that run its loops: an arena each. It keeps what it once needed, so from the
-/// second equal call on nothing is allocated, whichever worker runs which piece. Not to be shared by two threads that call layers at the
-/// same time (they may share the executor, which then runs some loops where they were called).
+/// second equal call on nothing is allocated, whichever worker runs which piece.
+///
+/// A workspace belongs to one caller at a time: threads that call layers at the same time need one each, or get a state_error from the
+/// call that finds memory in use (they may share the executor, which then runs some loops where they were called). It may be handed from
+/// thread to thread between calls.
 class workspace {
  public:
   /// For loops run by `exec`.
@@ -100,14 +129,16 @@ class workspace {
     for (index_t w = 0; w < exec.workers(); ++w) arenas_.emplace_back(*inside_, w);
   }
 
-  /// The arena of executor::worker(): 0 outside of loops. Throws state_error when the workspace was made for an executor of fewer workers.
+  /// The arena of executor::worker(): 0 outside of loops. Throws state_error when the workspace was made for an executor of fewer workers,
+  /// or moved to another one.
   [[nodiscard]] detail::arena& arena(index_t worker) {
+    require<state_error>(!arenas_.empty(), "workspace: its memory was moved to another workspace");
     require<state_error>(worker < static_cast<index_t>(arenas_.size()), "workspace: made for ", arenas_.size() - 1,
                          " workers, used by worker ", worker, "; construct it with the executor that the context uses");
     return arenas_[static_cast<std::size_t>(worker)];
   }
   /// Bytes held for all workers.
-  [[nodiscard]] std::size_t bytes() const { return outside_->bytes() + inside_->bytes(); }
+  [[nodiscard]] std::size_t bytes() const { return arenas_.empty() ? 0 : outside_->bytes() + inside_->bytes(); }
 
  private:
   std::unique_ptr<detail::blocks> outside_, inside_;

@@ -6,7 +6,7 @@
 namespace lithe::inline LITHE_ABI {
 
 /// Uninitialised memory for the length of a scope: from the arena of the calling worker, or from the heap if the context has no
-/// workspace. Reads as a `matrix_view<S>` [rows x cols] (rows follow one another, start aligned to 64 bytes) or as a span.
+/// workspace. Throws state_error while another thread takes memory from that workspace (core/workspace.hpp). Reads as a `matrix_view<S>` [rows x cols] (rows follow one another, start aligned to 64 bytes) or as a span.
 template <class S>
 class scratch {
   static_assert(std::is_trivially_destructible_v<S>);
@@ -17,8 +17,9 @@ class scratch {
     const std::size_t bytes = static_cast<std::size_t>(rows * cols) * sizeof(S);
     if (ctx.work != nullptr) {
       arena_ = &ctx.work->arena(ctx.exec->worker());
-      mark_ = arena_->top();
-      data_ = reinterpret_cast<S*>(arena_->take(bytes));
+      const auto taken = arena_->take(bytes);
+      mark_ = taken.before;
+      data_ = reinterpret_cast<S*>(taken.data);
     } else {
       heap_ = detail::allocate_aligned(bytes + 64);
       data_ = reinterpret_cast<S*>(heap_.get());

@@ -3,7 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
+#include <new>
+#include <numeric>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "lithe/core/parallel_executor.hpp"
@@ -87,7 +92,7 @@ TEST(workspace, memory_is_each_worker_s_own_and_comes_back_in_order) {
 }
 
 TEST(workspace, several_workers_may_grow_it_at_a_time) {
-  const parallel_executor exec(7);
+  const parallel_executor exec(7, 7);
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
   exec.run(400, 1, [&](index_t first, index_t) {
@@ -106,6 +111,143 @@ TEST(workspace, names_the_executor_it_was_made_for) {
   exec.now = 2;
   const context ctx{.exec = &exec, .work = &work};
   EXPECT_THROW(scratch<float>(ctx, 1), state_error);
+}
+
+/// What a thread of its own is told when it takes scratch.
+std::string told_to_another_thread(const context& ctx, index_t n = 100) {
+  std::string message;
+  std::thread([&] {
+    try {
+      const scratch<float> mine(ctx, n);
+    } catch (const state_error& e) {
+      message = e.what();
+    }
+  }).join();
+  return message;
+}
+constexpr const char* belongs = "workspace: used by two threads at the same time; a workspace belongs to one caller at a time";
+
+TEST(workspace, refuses_a_second_thread_while_the_first_one_holds_memory) {
+  workspace work;
+  const context ctx{.work = &work};
+  for (const index_t n : {0, 1, 100000}) {
+    const scratch<float> outer(ctx, n);
+    EXPECT_EQ(told_to_another_thread(ctx), belongs);
+    { const scratch<float> inner(ctx, 10), empty(ctx, 0); }
+    EXPECT_EQ(told_to_another_thread(ctx), belongs) << "still held after what came later has gone";
+  }
+  EXPECT_EQ(told_to_another_thread(ctx), "") << "handed over between calls";
+  EXPECT_NO_THROW(scratch<float>(ctx, 1));
+}
+
+TEST(workspace, refuses_a_second_caller_while_both_run_loops_of_one_executor) {
+  const parallel_executor exec(2, 2);
+  workspace work(exec);
+  const context ctx{.exec = &exec, .work = &work};
+  const scratch<float> outer(ctx, 10);
+  exec.run(2, 1, [&](index_t, index_t) {
+    const scratch<float> mine(ctx, 10);
+    std::string message;
+    std::thread([&] {
+      try {
+        exec.run(8, 1, [&](index_t, index_t) { const scratch<float> other(ctx, 10); });
+      } catch (const state_error& e) {
+        message = e.what();
+      }
+    }).join();
+    EXPECT_EQ(message, belongs);
+  });
+}
+
+TEST(workspace, finds_two_executors_that_use_it_at_the_same_time) {
+  const parallel_executor first(2, 2), second(2, 2);
+  workspace work(first);
+  const context ctx{.exec = &first, .work = &work}, other{.exec = &second, .work = &work};
+  first.run(2, 1, [&](index_t, index_t) {
+    const scratch<float> mine(ctx, 10);
+    std::atomic<int> refused{0};
+    if (first.worker() != 1) return;
+    std::thread([&] {
+      second.run(8, 1, [&](index_t, index_t) {
+        if (second.worker() != 1) return;
+        try {
+          const scratch<float> theirs(other, 10);
+        } catch (const state_error&) {
+          ++refused;
+        }
+      });
+    }).join();
+    EXPECT_GT(refused, 0);
+  });
+}
+
+TEST(workspace, a_layer_gives_the_right_rows_or_says_that_its_workspace_is_shared) {
+  const parallel_executor exec(2, 2);
+  workspace work(exec);
+  const auto compute = [&](std::vector<double>& y) {
+    const context ctx{.exec = &exec, .work = &work};
+    const scratch<double> outer(ctx, 64);
+    std::ranges::fill(outer.span(), 1.0);
+    exec.run(64, 4, [&](index_t first, index_t last) {
+      const scratch<double> row(ctx, 500);
+      for (index_t i = first; i < last; ++i) {
+        std::ranges::fill(row.span(), static_cast<double>(i));
+        y[static_cast<std::size_t>(i)] = outer[i] * std::accumulate(row.span().begin(), row.span().end(), 0.0);
+      }
+    });
+  };
+  std::atomic<int> wrong{0}, right{0};
+  const auto call_often = [&] {
+    std::vector<double> y(64);
+    for (int round = 0; round < 2000; ++round) try {
+        compute(y);
+        bool equal = true;
+        for (std::size_t i = 0; i < y.size(); ++i) equal = equal && y[i] == 500.0 * static_cast<double>(i);
+        ++(equal ? right : wrong);
+      } catch (const state_error&) {
+      }
+  };
+  std::thread other(call_often);
+  call_often();
+  other.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_GT(right, 0);
+}
+
+TEST(workspace, loops_in_loops_and_callers_that_take_turns_may_use_it) {
+  const parallel_executor exec(3, 3);
+  workspace work(exec);
+  const context ctx{.exec = &exec, .work = &work};
+  for (int turn = 0; turn < 20; ++turn)
+    std::thread([&] {
+      const scratch<float> outer(ctx, 10);
+      exec.run(16, 1, [&](index_t, index_t) {
+        const scratch<float> mine(ctx, 10);
+        exec.run(4, 1, [&](index_t, index_t) { const scratch<float> inner(ctx, 10); });
+      });
+    }).join();
+}
+
+TEST(workspace, a_request_that_is_too_large_leaves_it_as_it_was) {
+  workspace work;
+  const context ctx{.work = &work};
+  const index_t too_many = index_t{1} << 61;
+  EXPECT_THROW(scratch<std::byte>(ctx, too_many), std::bad_alloc);
+  EXPECT_EQ(told_to_another_thread(ctx), "");
+  const scratch<float> outer(ctx, 10);
+  EXPECT_THROW(scratch<std::byte>(ctx, too_many), std::bad_alloc);
+  EXPECT_EQ(scratch<float>(ctx, 10).data(), outer.data() + 16);
+}
+
+TEST(workspace, says_that_it_was_moved) {
+  const parallel_executor exec(2, 1);
+  workspace from(exec), to(std::move(from));
+  EXPECT_EQ(from.bytes(), 0U);
+  const context ctx{.exec = &exec, .work = &from};
+  EXPECT_EQ(told_to_another_thread(ctx), "workspace: its memory was moved to another workspace");
+  EXPECT_EQ(told_to_another_thread({.exec = &exec, .work = &to}), "");
+  from = std::move(to);
+  EXPECT_EQ(told_to_another_thread(ctx), "");
 }
 
 }  // namespace workspace_tests
