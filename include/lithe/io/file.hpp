@@ -67,24 +67,31 @@ class input_file {
   std::uint64_t size_ = 0;
 };
 
-/// A file that appears whole or not at all: it is written beside `path` under a temporary name, and `commit` flushes it to the disk
-/// and renames it over the old one. Destroyed before that, it removes the temporary and the old file is as it was. Throws io_error.
+/// A file that appears whole or not at all: it is written beside `path` under a temporary name, and `commit` flushes it
+/// to the disk and renames it over the old one. Destroyed before that, it removes the temporary and the old file is as
+/// it was. A link stays, and what it names is replaced; the new file has the mode of the old one, and its owner where
+/// the system allows it. Throws io_error.
 class atomic_file {
  public:
-  /// Creates the temporary beside `path`, or beside what a link there names; throws io_error if it cannot, or would replace no regular file.
-  explicit atomic_file(const std::filesystem::path& path) : path_(path) {
-    std::error_code ignored;
-    if (std::filesystem::is_symlink(path_, ignored)) path_ = std::filesystem::weakly_canonical(path_);  // replaces what the link names
+  /// Creates the temporary beside `path`, or beside what a link there names. Throws io_error if it cannot, or would
+  /// replace no regular file, or one that this process may not write.
+  explicit atomic_file(const std::filesystem::path& path) : path_(behind_links(path)) {
+    buffer_.reserve(buffer_bytes);
+    require<io_error>(path_.has_filename(), "cannot be written: expected the name of a file, got '", path.string(),
+                      "'");
     struct stat old {};
     const bool exists = ::stat(path_.c_str(), &old) == 0;
     require<io_error>(!exists || S_ISREG(old.st_mode), path_.string(), ": cannot be replaced: is not a regular file");
+    if (exists && ::faccessat(AT_FDCWD, path_.c_str(), W_OK, AT_EACCESS) != 0) fail("cannot be replaced");
     for (int attempt = 0; descriptor_ < 0; ++attempt) {
       temporary_ = concat(path_.string(), ".partial-", ::getpid(), "-", attempt);
       descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
       if (descriptor_ < 0 && errno != EEXIST) fail("cannot be created");
     }
-    if (exists) ::fchmod(descriptor_, old.st_mode & 07777);
-    buffer_.reserve(buffer_bytes);
+    if (!exists) return;
+    // only the superuser may give files away
+    [[maybe_unused]] const int owner = ::fchown(descriptor_, old.st_uid, old.st_gid);
+    ::fchmod(descriptor_, old.st_mode & 07777);
   }
   atomic_file(const atomic_file&) = delete;
   atomic_file& operator=(const atomic_file&) = delete;
@@ -110,7 +117,8 @@ class atomic_file {
   /// Puts the file in its place, with all that was written; nothing can be written after it. Throws io_error.
   void commit() {
     flush();
-    if (::fsync(descriptor_) != 0) fail("cannot be flushed to the disk");
+    // EINVAL: this file system has nothing to flush to.
+    if (::fsync(descriptor_) != 0 && errno != EINVAL) fail("cannot be flushed to the disk");
     if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail("cannot be put in place");
     ::close(std::exchange(descriptor_, -1));
     // The name, too, is to survive a power cut. File systems that cannot do this have the file already.
@@ -124,6 +132,14 @@ class atomic_file {
  private:
   static constexpr std::size_t buffer_bytes = std::size_t{1} << 20;
 
+  static std::filesystem::path behind_links(std::filesystem::path path) {
+    std::error_code error;
+    for (int links = 0; std::filesystem::is_symlink(path, error); ++links) {
+      require<io_error>(links < 40, path.string(), ": cannot be replaced: is a link to itself");
+      path = path.parent_path() / std::filesystem::read_symlink(path, error);
+    }
+    return path;
+  }
   void flush() {
     put(buffer_.data(), buffer_.size());
     buffer_.clear();
