@@ -27,6 +27,21 @@ struct dtype_entry {
 inline constexpr std::array<dtype_entry, 10> dtype_table{
     {{"F64", 8}, {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}}};
 
+/// Bits of an element of the format's other types, which may stand in a file and which Lithe does not read; 0: the
+/// format has no such type.
+[[nodiscard]] constexpr std::size_t other_dtype_bits(std::string_view name) {
+  struct entry {
+    std::string_view name;
+    std::size_t bits;
+  };
+  constexpr entry others[] = {{"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6},     {"F8_E5M2", 8},
+                              {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8},
+                              {"U16", 16},    {"U32", 32},    {"U64", 64},        {"C64", 64}};
+  for (const entry& e : others)
+    if (e.name == name) return e.bits;
+  return 0;
+}
+
 }  // namespace detail
 
 /// The format's name for it: "F32".

@@ -10,8 +10,11 @@
 #include "lithe/io/file.hpp"
 #include "lithe/tensor/matrix_view.hpp"
 
-// The safetensors format (https://huggingface.co/docs/safetensors): 8 bytes with the length of the header, little-endian; the header, a
-// JSON object of name -> {dtype, shape, data_offsets} and `__metadata__`, strings to strings; the tensors' bytes, row-major, without gaps.
+// The safetensors format (https://huggingface.co/docs/safetensors): 8 bytes with the length of the header,
+// little-endian; the header, a JSON object of name -> {dtype, shape, data_offsets} and `__metadata__`, strings to
+// strings; the tensors' bytes, row-major, without gaps. What the format's own reader takes is taken (`__metadata__` of
+// null, further keys beside the three, the types that Lithe cannot read), and what it refuses is refused; more
+// strictly, as the format's text demands, a header begins with { and has no key twice.
 
 namespace lithe::inline LITHE_ABI {
 
@@ -47,6 +50,7 @@ struct tensor_info {
 namespace detail {
 
 inline constexpr std::uint64_t longest_header = 100'000'000;  ///< the reference implementation's limit
+inline constexpr int deepest_json = 127;                      ///< arrays and objects in one another, its limit, too
 inline constexpr std::size_t io_block = std::size_t{1} << 20;
 
 /// The name in quotes, cut short if a hostile file made it long.
@@ -59,7 +63,7 @@ inline constexpr std::size_t io_block = std::size_t{1} << 20;
   using json = nlohmann::json;
   std::vector<std::set<std::string>> keys;
   const auto check = [&](int depth, json::parse_event_t event, json& value) {
-    require<io_error>(depth <= 16, who, ": expected JSON nested at most 16 deep, found more");
+    require<io_error>(depth < deepest_json, who, ": expected JSON nested at most ", deepest_json, " deep, found more");
     if (event == json::parse_event_t::object_start) keys.emplace_back();
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key) {
@@ -86,8 +90,9 @@ inline constexpr std::size_t io_block = std::size_t{1} << 20;
 
 [[nodiscard]] inline tensor_info parse_tensor(const nlohmann::json& entry, std::uint64_t data_begin, std::uint64_t data_bytes,
                                               const std::string& who) {
-  require<io_error>(entry.is_object() && entry.size() == 3 && entry.contains("dtype") && entry.contains("shape") && entry.contains("data_offsets"),
-                    who, ": expected an object of dtype, shape and data_offsets, found something else");
+  require<io_error>(
+      entry.is_object() && entry.contains("dtype") && entry.contains("shape") && entry.contains("data_offsets"), who,
+      ": expected an object with dtype, shape and data_offsets, found something else");
   const auto &type = entry["dtype"], &shape = entry["shape"], &offsets = entry["data_offsets"];
   require<io_error>(type.is_string(), who, ": expected a string as dtype, found a JSON ", type.type_name());
   require<io_error>(shape.is_array(), who, ": expected an array as shape, found a JSON ", shape.type_name());
@@ -108,9 +113,13 @@ inline constexpr std::size_t io_block = std::size_t{1} << 20;
                     " bytes of data in the file, found [", begin, ", ", end, "]");
   info.offset = data_begin + begin;
   info.bytes = end - begin;
-  const std::size_t size = dtype_size(info.type);  // nothing is known about an unknown type's size; it cannot be read either
-  require<io_error>(size == 0 || (info.bytes % size == 0 && info.bytes / size == static_cast<std::uint64_t>(elements)), who, ": expected ", elements,
-                    " elements of ", info.type_name, " for shape ", to_text(info.shape), ", found ", info.bytes, " bytes of data");
+  const std::size_t bits = info.type == dtype::unknown ? other_dtype_bits(info.type_name) : 8 * dtype_size(info.type);
+  require<io_error>(bits != 0, who, ": expected a dtype of the format, found ", quoted(info.type_name));
+  const auto count = static_cast<std::uint64_t>(elements);
+  require<io_error>(count <= std::numeric_limits<std::uint64_t>::max() / bits && info.bytes == count * bits / 8 &&
+                        count * bits % 8 == 0,
+                    who, ": expected ", elements, " elements of ", info.type_name, " for shape ", to_text(info.shape),
+                    ", found ", info.bytes, " bytes of data");
   return info;
 }
 
@@ -141,6 +150,7 @@ struct safetensors_shard {
 
  private:
   void read_metadata(const nlohmann::json& entry, const std::string& who) {
+    if (entry.is_null()) return;
     require<io_error>(entry.is_object(), who, ": expected an object as __metadata__, found a JSON ", entry.type_name());
     for (const auto& [key, value] : entry.items()) {
       require<io_error>(value.is_string(), who, ": expected a string as metadata ", quoted(key), ", found a JSON ", value.type_name());
