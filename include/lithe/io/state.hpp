@@ -39,7 +39,12 @@ void visit_state_of(const std::string& name, T& t, const F& f) {
 
 }  // namespace detail
 
-/// Collects a model and its training state and writes them as one file, atomically. Keeps no copy: all must live until `write`.
+/// Collects a model and its training state and writes them as one file, atomically. Keeps no copy: all must live until
+/// `write`.
+///
+/// A file is meant to be gone on from, so a tensor with NaN or infinity in it is refused (numbers by themselves, a best
+/// loss of infinity, are not): the older file stays. `require_finite = false` writes whatever there is, to look into a
+/// run that went wrong; readers take it as it is.
 ///
 ///     state_writer file;
 ///     file.metadata["config"] = config_json;
@@ -50,6 +55,7 @@ void visit_state_of(const std::string& name, T& t, const F& f) {
 class state_writer {
  public:
   metadata_map metadata;
+  bool require_finite = true;  ///< false: NaN and infinity are written, too
 
   /// All tensors of a model by their names. Throws config_error for a name that begins with "training." or comes twice.
   template <class L>
@@ -67,8 +73,11 @@ class state_writer {
   void add_training(const std::string& name, T& state) {
     add(training_prefix + name, state);
   }
-  /// Writes all that was added; a failure throws io_error and leaves an older file as it was.
+  /// Writes all that was added; a failure throws io_error and leaves an older file as it was. So does a tensor that is
+  /// not finite.
   void write(const std::filesystem::path& path) {
+    for (const auto& check : checks_)
+      if (require_finite) check(path.string());
     file_.metadata = metadata;
     file_.metadata["lithe.format"] = state_format;
     file_.write(path);
@@ -84,23 +93,48 @@ class state_writer {
       detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { this->add(part, x); });
     } else if constexpr (matrix_like<T>) {
       const auto v = view(t);
-      file_.add<typename decltype(v)::scalar>(name, v);
+      using S = typename decltype(v)::scalar;
+      file_.add<S>(name, v);
+      check_rows<S>(name, v.rows(), v.cols(), [v](index_t i, auto) { return v.row(i); });
     } else {
       static_assert(detail::row_table<T>, "lithe: only matrices, value tables, numbers and types with visit_state can be saved.");
       using S = typename T::scalar;
+      check_rows<S>(name, t.rows(), t.cols(), [&t](index_t i, std::span<S> out) {
+        t.read_row(i, out);
+        return static_cast<const S*>(out.data());
+      });
       file_.add_rows<S>(name, t.rows(), t.cols(), [&t](index_t i, std::span<S> out) { t.read_row(i, out); });
     }
   }
 
+  /// Has `write` refuse rows that are not finite: row(i, room) gives row i, in `room` or where it is.
+  template <class S, class F>
+  void check_rows(const std::string& name, index_t rows, index_t cols, F row) {
+    if constexpr (std::floating_point<S>)
+      checks_.emplace_back([=](const std::string& path) {
+        std::vector<S> room(static_cast<std::size_t>(cols));
+        index_t bad = 0;
+        for (index_t i = 0; i < rows; ++i) {
+          const S* const numbers = row(i, std::span<S>(room));
+          bad += std::count_if(numbers, numbers + cols, [](S x) { return !std::isfinite(x); });
+        }
+        require<io_error>(bad == 0, path, ": tensor ", detail::quoted(name), ": expected finite numbers, got ", bad,
+                          " of ", rows * cols, " that are NaN or infinite; nothing was written");
+      });
+  }
+
   safetensors_writer file_;
+  std::vector<std::function<void(const std::string&)>> checks_;
 };
 
-/// Reads what `state_writer` wrote, all or nothing: each `add` checks that the file holds such a tensor, of that shape and kind of
-/// number, and of a layer's permutation that it is one; `load` checks that the file holds nothing else; only then it writes. (A disk
-/// that fails while `load` reads is the exception: the error then leaves the model partly loaded.) Training tensors may be there unasked
-/// if none of them is asked for.
+/// Reads what `state_writer` wrote, all or nothing: each `add` checks that the file holds such a tensor, of that shape
+/// and kind of number, and of a layer's permutation that it is one; `load` checks that the file holds nothing else;
+/// only then it writes. (A disk that fails while `load` reads is the exception: the error then leaves the model partly
+/// loaded.) Training tensors may be there unasked if none of them is asked for.
 ///
-/// A matrix of one row may be stored as [cols] or [1, cols]. Throws io_error that names file, tensor, expected and found.
+/// What a layer has in a later version beside what files of version 0.1 hold (role::added_state, role::key) stays as it
+/// is if the file lacks it. Numbers are taken as they are, NaN too. A matrix of one row may be stored as [cols] or [1,
+/// cols]. Throws io_error that names file, tensor, expected and found.
 class state_reader {
  public:
   /// strict = false: the file may hold tensors that nobody asked for, and need not come from Lithe.
@@ -120,10 +154,14 @@ class state_reader {
   /// Has `load` write the tensors of a model. Throws io_error for one that is missing or does not fit, state_error for one that comes twice.
   template <class L>
   void add_model(L& model) {
+    bool has_key = false;  // whether the file has the key visited last: if not, it is of version 0.1
     for_each_tensor(
         [&](const std::string& name, role kind, auto& t) {
+          if (kind == role::key) has_key = file_.contains(name);
+          if ((kind == role::key || kind == role::added_state) && !has_key) return;
           add(name, t);
           if (kind == role::permutation) check_permutations(name, t);
+          if (kind == role::key) check_key(name);
         },
         model);
     writes_.emplace_back([&model] { refresh(model); });
@@ -192,6 +230,12 @@ class state_reader {
     }
   }
 
+  void check_key(const std::string& name) const {
+    for (const double piece : file_.read<double>(name))
+      require<io_error>(piece >= 0 && piece < 65536 && piece == std::floor(piece), file_.path().string(), ": tensor ",
+                        detail::quoted(name), ": expected whole numbers from 0 to 65535, found ", piece);
+  }
+
   template <class T>
   void load_rows(const std::string& name, T& table) const {
     using S = typename T::scalar;
@@ -210,11 +254,15 @@ class state_reader {
   std::vector<std::function<void()>> writes_;
 };
 
-/// Saves every tensor of a model, float as F32, double as F64. `metadata`: by custom {"config": the JSON to build it from}.
+/// Saves every tensor of a model, float as F32, double as F64. `metadata`: by custom {"config": the JSON to build it
+/// from}. NaN and infinity are an io_error, and the older file stays, unless require_finite is false. See
+/// `state_writer`.
 template <class L>
-void save_model(const std::filesystem::path& path, const L& model, metadata_map metadata = {}) {
+void save_model(const std::filesystem::path& path, const L& model, metadata_map metadata = {},
+                bool require_finite = true) {
   state_writer file;
   file.metadata = std::move(metadata);
+  file.require_finite = require_finite;
   file.add_model(model);
   file.write(path);
 }

@@ -20,9 +20,11 @@ struct shape {
 /// Stands where a layer has nothing to say: the input gradient of tokens, the cache of a position-wise layer.
 struct nothing {};
 
-/// What a walked tensor is: optimisers skip state, savers do not. Of a permutation, which is state too, every row has the numbers from 0 to its
-/// length - 1 once each, and readers refuse one that has not: it says where memory is read.
-enum class role { parameter, state, permutation };
+/// What a walked tensor is: optimisers skip state, savers do not. Of a permutation, which is state too, every row has
+/// the numbers from 0 to its length - 1 once each, and readers refuse one that has not: it says where memory is read. A
+/// key is an rng_key as four whole numbers of 16 bits, lowest first, which float and double hold exactly; added state
+/// follows a key in `visit`. Files of version 0.1 lack both: then a layer keeps its own.
+enum class role { parameter, state, permutation, added_state, key };
 
 /// The name of a field in `visit`, and its role.
 struct field {

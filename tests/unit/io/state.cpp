@@ -519,4 +519,60 @@ TEST_F(state, a_model_may_not_use_the_names_of_training) {
   EXPECT_FALSE(fs::exists(file()));
 }
 
+// ---- numbers that are not finite ----
+
+/// Saving throws io_error with all the pieces in its sentence, and the old file stays.
+template <class F>
+void expect_not_saved(const fs::path& path, F&& save, const std::vector<std::string>& pieces) {
+  const auto old = safetensors_file(path).read<float>("first.query.weight");
+  try {
+    save();
+    ADD_FAILURE() << "expected an io_error with " << testing::PrintToString(pieces);
+  } catch (const io_error& e) {
+    for (const auto& piece : pieces)
+      EXPECT_NE(std::string(e.what()).find(piece), std::string::npos) << e.what() << "\n  lacks: " << piece;
+  }
+  EXPECT_EQ(safetensors_file(path).read<float>("first.query.weight"), old);
+  EXPECT_EQ(std::distance(fs::directory_iterator(path.parent_path()), {}), 1);
+}
+
+TEST_F(state, weights_that_are_not_finite_are_refused_unless_asked_for) {
+  const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+  model<float> m(1);
+  save_model(file(), m);
+  m.first.query.weight *= 2;
+  m.second.query.weight(1, 2) = nan;
+  m.second.query.weight(2, 0) = -infinity;
+  expect_not_saved(file(), [&] { save_model(file(), m); },
+                   {file().string(), "'second.query.weight'", "got 2 of 12 that are NaN or infinite"});
+  save_model(file(), m, {}, false);
+  model<float> loaded(50);
+  load_model(file(), loaded);
+  EXPECT_TRUE(std::isnan(loaded.second.query.weight(1, 2)));
+  EXPECT_EQ(loaded.second.query.weight(2, 0), -infinity);
+  EXPECT_EQ(loaded.first.query.weight, m.first.query.weight);
+
+  m = model<float>(1);
+  (*m.first.values.rows_of)(999, 699) = infinity;
+  expect_not_saved(file(), [&] { save_model(file(), m); }, {"'first.values'", "got 1 of 700000"});
+  m = model<float>(1);
+  m.first.running_mean(0, 3) = nan;
+  expect_not_saved(file(), [&] { save_model(file(), m); }, {"'first.running_mean'", "got 1 of 4"});
+}
+
+TEST_F(state, moments_that_are_not_finite_are_refused_and_numbers_by_themselves_are_not) {
+  model<float> m(1);
+  momentum optimizer(m);
+  save_run(file(), m, optimizer, 0);
+  optimizer.moments.at("first.query.bias")(0, 1) = std::numeric_limits<float>::quiet_NaN();
+  expect_not_saved(file(), [&] { save_run(file(), m, optimizer, 0); },
+                   {"'training.optimizer.first_moment.first.query.bias'", "got 1 of 3"});
+  state_writer out;
+  const double best_loss = std::numeric_limits<double>::infinity();
+  out.add_model(m);
+  out.add_training("best_loss", best_loss);
+  out.write(file());
+  EXPECT_EQ(safetensors_file(file()).read<double>("training.best_loss").at(0), best_loss);
+}
+
 }  // namespace state_tests

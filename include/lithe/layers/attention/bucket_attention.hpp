@@ -44,6 +44,7 @@ struct bucket_attention {
   };
   struct gradient {
     gradient_of<linear<S>> query_key, value, output;
+    gradient_of<token_hash<S>> hash;
   };
 
   bucket_attention_config config;  ///< with every 0 replaced by what it stands for
@@ -226,6 +227,7 @@ struct bucket_attention {
     f("query_key", s.query_key...);
     f("value", s.value...);
     f("output", s.output...);
+    f("hash", s.hash...);
   }
 
  private:

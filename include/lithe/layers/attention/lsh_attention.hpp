@@ -9,22 +9,26 @@
 
 namespace lithe::inline LITHE_ABI {
 
-/// Attention among tokens with similar queries (LSH attention of the Reformer, arXiv 2001.04451, section 3). Queries are keys too: with
-/// q = x Wqkᵀ, v = x Wvᵀ by heads, and R rounds of hashing the queries to buckets, each round sorts the tokens of a sequence by bucket, cuts them
-/// into chunks of m, and lets the queries of a chunk see the keys of `before` chunks, their own and `after` chunks:
+/// Attention among tokens with similar queries (LSH attention of the Reformer, arXiv 2001.04451, section 3). Queries
+/// are keys too: with q = x Wqkᵀ, v = x Wvᵀ by heads, and R rounds of hashing the queries to buckets, each round sorts
+/// the tokens of a sequence by bucket, cuts them into chunks of m, and lets the queries of a chunk see the keys of
+/// `before` chunks, their own and `after` chunks:
 ///
-///     s_ij = q_i · k_j,  k_j = q_j n_j / √D;      o_i = Σ_j exp(s_ij) v_j / Σ_j exp(s_ij) over all rounds;      y = dropout(concat(o) Woᵀ)
+///     s_ij = q_i · k_j,  k_j = q_j n_j / √D;      o_i = Σ_j exp(s_ij) v_j / Σ_j exp(s_ij) over all rounds;      y =
+///     dropout(concat(o) Woᵀ)
 ///
-/// x [T x inputs], y [T x outputs]; O(T R m D (before + 1 + after)) time, and memory that is linear in T. A sequence of at most `exact_up_to` tokens
-/// sees all of its keys. Later tokens never enter a causal output, but they move the chunks, and so can change which earlier ones do.
-/// Padding (context::mask) is no key; its own rows are what the published models make of them, and their gradient counts.
+/// x [T x inputs], y [T x outputs]; O(T R m D (before + 1 + after)) time, and memory that is linear in T. A sequence of
+/// at most `exact_up_to` tokens sees all of its keys. Later tokens never enter a causal output, but they move the
+/// chunks, and so can change which earlier ones do. Padding (context::mask) is no key; its own rows are what the
+/// published models make of them, and their gradient counts.
 ///
-/// In training, directions are drawn from the context's key; in inference they are fixed. The record keeps the bucket ids, and backward and
-/// replay use these and never hash again. hash_family::external takes the ids that the caller left in the record, and writes those of padding and of
-/// exact sequences over.
+/// In training, directions are drawn from the context's key; in inference they are fixed, by a key that is saved with
+/// the model. The record keeps the bucket ids, and backward and replay use these and never hash again.
+/// hash_family::external takes the ids that the caller left in the record, and writes those of padding and of exact
+/// sequences over.
 ///
-/// Throws config_error for options that cannot work and external ids out of range, shape_error for matrices, segments, masks or directions that do not
-/// fit, state_error for a record without ids or of another call.
+/// Throws config_error for options that cannot work and external ids out of range, shape_error for matrices, segments,
+/// masks or directions that do not fit, state_error for a record without ids or of another call.
 template <std::floating_point S>
 struct lsh_attention {
   using scalar = S;
@@ -35,6 +39,7 @@ struct lsh_attention {
   };
   struct gradient {
     typename linear<S>::gradient query_key, value, output;
+    typename token_hash<S>::gradient hash;
   };
 
   linear<S> query_key, value, output;
@@ -174,6 +179,7 @@ struct lsh_attention {
     f("query_key", s.query_key...);
     f("value", s.value...);
     f("output", s.output...);
+    f("hash", s.hash...);
   }
 
  private:

@@ -2,6 +2,7 @@
 
 #include "lithe/kernels/hashing.hpp"
 #include "lithe/layers/initialise.hpp"
+#include "lithe/layers/layer.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -21,20 +22,41 @@ struct token_hash_config {
   direction_sharing sharing = direction_sharing::head;
 };
 
-/// Hashes the queries of heads: R rounds, N directions a round, D features. Directions are standard normal, drawn anew from the context's
-/// key in every training forward and from `key` otherwise, so inference always finds the same buckets (arXiv 2001.04451, section 3).
+/// Hashes the queries of heads: R rounds, N directions a round, D features. Directions are standard normal, drawn anew
+/// from the context's key in every training forward and from `key` otherwise, so inference always finds the same
+/// buckets (arXiv 2001.04451, section 3). Both the key and given directions are saved with a model: other directions
+/// are another function.
 template <std::floating_point S>
 struct token_hash {
+  using scalar = S;
+  struct record {};
+  struct gradient {
+    matrix<S> key, given;
+  };
+
   token_hash_config config;
-  rng_key key{};
+  matrix<S> key;    ///< [1 x 4] of role::key; empty: the key 0
   matrix<S> given;  ///< directions [H R N x D] to use instead, (head, round, direction) by row; empty: draw
 
   token_hash() = default;
   /// Throws config_error in the name of `who` without a round, and for buckets that `check` refuses.
-  token_hash(const char* who, token_hash_config c, rng_key k) : config(c), key(k) {
+  token_hash(const char* who, token_hash_config c, rng_key k) : config(c) {
+    set_key(k);
     require<config_error>(c.rounds >= 1, who, ": expected at least 1 round of hashing, got ", c.rounds);
     require<config_error>(c.most_positions >= 0, who, ": expected most_positions of 0 (the length) or more, got ", c.most_positions);
     if (!c.buckets.empty()) check(who, c.buckets);
+  }
+
+  /// Draws directions in inference from this key.
+  void set_key(rng_key k) {
+    key.resize(1, 4);
+    for (index_t i = 0; i < 4; ++i) key(0, i) = static_cast<S>(k.value >> (16 * i) & 0xFFFFU);
+  }
+  /// The key that directions are drawn from in inference.
+  [[nodiscard]] rng_key drawn_from() const {
+    rng_key k;
+    for (index_t i = 0; i < key.size(); ++i) k.value |= static_cast<std::uint64_t>(key.data()[i]) << (16 * i);
+    return k;
   }
 
   /// The buckets of a sequence of `length` tokens in chunks. Throws config_error if the ids do not fit `bucket_t`.
@@ -62,7 +84,7 @@ struct token_hash {
       to.map() = given.middleRows(head * n, n);
       return;
     }
-    rng_key k = ctx.train ? ctx.key.child(directions_child) : key;
+    rng_key k = ctx.train ? ctx.key.child(directions_child) : drawn_from();
     if (config.sharing != direction_sharing::all) k = k.child(static_cast<std::uint64_t>(head));
     if (config.sharing == direction_sharing::head_and_sequence) k = k.child(static_cast<std::uint64_t>(sequence));
     ctx.exec->run(n, 16, [&](index_t first, index_t last) {
@@ -93,6 +115,12 @@ struct token_hash {
     if (config.family == hash_family::sign)
       require<config_error>(f.total() >= 2 && std::has_single_bit(static_cast<std::uint64_t>(f.total())), who,
                             ": expected a power of 2 of at least 2 buckets for a sign hash, got ", f);
+  }
+
+  template <class F, class... T>
+  static void visit(F&& f, T&... s) {
+    f(field("key", role::key), s.key...);
+    f(field("given", role::added_state), s.given...);
   }
 
  private:
