@@ -68,7 +68,8 @@ inline constexpr std::size_t io_block = std::size_t{1} << 20;
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key) {
       const auto& key = value.get_ref<const std::string&>();
-      require<io_error>(keys.back().insert(key).second, who, ": expected ", quoted(key), " once, found it twice");
+      require<io_error>(keys.back().insert(key).second, who, ": expected ", detail::quoted(key),
+                        " once, found it twice");
     }
     return true;
   };
@@ -114,7 +115,7 @@ inline constexpr std::size_t io_block = std::size_t{1} << 20;
   info.offset = data_begin + begin;
   info.bytes = end - begin;
   const std::size_t bits = info.type == dtype::unknown ? other_dtype_bits(info.type_name) : 8 * dtype_size(info.type);
-  require<io_error>(bits != 0, who, ": expected a dtype of the format, found ", quoted(info.type_name));
+  require<io_error>(bits != 0, who, ": expected a dtype of the format, found ", detail::quoted(info.type_name));
   const auto count = static_cast<std::uint64_t>(elements);
   require<io_error>(count <= std::numeric_limits<std::uint64_t>::max() / bits && info.bytes == count * bits / 8 &&
                         count * bits % 8 == 0,
@@ -143,7 +144,8 @@ struct safetensors_shard {
       if (name == "__metadata__")
         read_metadata(entry, who);
       else
-        tensors.emplace(name, parse_tensor(entry, 8 + length, file.size() - 8 - length, concat(who, ": tensor ", quoted(name))));
+        tensors.emplace(name, parse_tensor(entry, 8 + length, file.size() - 8 - length,
+                                           concat(who, ": tensor ", detail::quoted(name))));
     }
     check_cover(8 + length, who);
   }
@@ -153,7 +155,8 @@ struct safetensors_shard {
     if (entry.is_null()) return;
     require<io_error>(entry.is_object(), who, ": expected an object as __metadata__, found a JSON ", entry.type_name());
     for (const auto& [key, value] : entry.items()) {
-      require<io_error>(value.is_string(), who, ": expected a string as metadata ", quoted(key), ", found a JSON ", value.type_name());
+      require<io_error>(value.is_string(), who, ": expected a string as metadata ", detail::quoted(key),
+                        ", found a JSON ", value.type_name());
       metadata.emplace(key, value.get<std::string>());
     }
   }
@@ -165,7 +168,8 @@ struct safetensors_shard {
       return std::pair(a.second->offset, a.second->bytes) < std::pair(b.second->offset, b.second->bytes);
     });
     for (const auto& [name, info] : order) {
-      require<io_error>(info->offset == at, who, ": tensor ", quoted(*name), ": expected its data behind that of the tensor before it, at byte ", at,
+      require<io_error>(info->offset == at, who, ": tensor ", detail::quoted(*name),
+                        ": expected its data behind that of the tensor before it, at byte ", at,
                         " of the file, found at ", info->offset);
       at += info->bytes;
     }
