@@ -27,11 +27,14 @@ inline product_key_memory_config lucidrains_memory(index_t features) {
   return c;
 }
 
-/// PEER (arXiv 2407.04153) as in lucidrains/PEER-pytorch with competing scores: a million experts of one neuron, 16 for each of 8 heads.
+/// PEER (arXiv 2407.04153) as in lucidrains/PEER-pytorch with competing scores: a million experts of one neuron, 16 for
+/// each of 8 heads. Its norm x √D / max(|x|, 1e-12) is the root-mean-square norm x / √(mean square + ε) with
+/// ε = 1e-24 / D: the same for every x that is much longer than 1e-12, and 0 for x = 0.
 inline product_key_memory_config peer_experts(index_t features) {
   product_key_memory_config c{.inputs = features, .heads = 8, .sub_keys = 1000, .key_width = features / 2 * 2, .top_k = 16};
   c.query.bias = false;
   c.input_norm = memory_input_norm::rms;
+  c.input_epsilon = 1e-24 / static_cast<double>(std::max<index_t>(features, 1));
   c.readout.kind = memory_readout_kind::experts;
   return c;
 }

@@ -29,6 +29,7 @@ struct product_key_memory_config {
   memory_gate_config gate{};
   memory_readout_config readout{};
   memory_input_norm input_norm = memory_input_norm::none;
+  double input_epsilon = 1e-5;       ///< of the input's norm, added to the variance or mean square
   bool shuffle_slots = false;        ///< a permutation of the slots for each head
   index_t modulo = 0;                ///< values = slot mod modulo; 0 = a row for each slot
   bool separate_values = false;      ///< rows of its own for each head
@@ -97,7 +98,16 @@ struct product_key_memory {
                           to_text(values.slots(), config.inputs), ", got ", to_text(down.slots(), down.cols()));
     if (config.input_norm == memory_input_norm::layer) layer = layer_norm<S>(config.inputs);
     if (config.input_norm == memory_input_norm::rms) rms = rms_norm<S>(config.inputs);
+    set_input_epsilon(config.input_epsilon);
     if (config.shuffle_slots) shuffle(key.child(4));
+  }
+
+  /// Sets the epsilon of the input's norm. Throws config_error unless it is positive and finite, also as an S.
+  void set_input_epsilon(double epsilon) {
+    require<config_error>(static_cast<S>(epsilon) > 0 && std::isfinite(static_cast<S>(epsilon)),
+                          "product_key_memory: expected a positive, finite input_epsilon, got ", epsilon);
+    config.input_epsilon = epsilon;
+    layer.epsilon = rms.epsilon = static_cast<S>(epsilon);
   }
 
   shape output_shape(matrix_view<const S> x) const {

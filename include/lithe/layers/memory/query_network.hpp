@@ -19,6 +19,7 @@ struct query_config {
   bool per_group = false;         ///< a network of its own for every head and half
   bool bias = true;
   query_normalisation norm = query_normalisation::none;
+  double epsilon = 1e-5;          ///< of the norm, added to the variance or mean square
   bool unit_length = false;       ///< divide each half by its length, after the norm and dropout
   double dropout = 0;
 };
@@ -49,7 +50,7 @@ struct query_mlp {
     widths.push_back(outputs);
     for (std::size_t i = 0; i + 1 < widths.size(); ++i) {
       maps.emplace_back(linear_config{widths[i], widths[i + 1], c.bias}, key.child(i));
-      if (c.norm == query_normalisation::batch) norms.emplace_back(widths[i + 1]);
+      if (c.norm == query_normalisation::batch) norms.emplace_back(widths[i + 1]).epsilon = static_cast<S>(c.epsilon);
     }
   }
 
@@ -197,8 +198,11 @@ struct query_network {
                             "query network: shuffled queries need inputs divisible by 2^heads, got ", inputs, " and ", heads, " heads");
       require<config_error>(c.norm != query_normalisation::batch, "query network: batch norm follows linear maps, identity queries have none");
     }
-    if (c.norm == query_normalisation::layer) layer = layer_norm<S>(width);
-    if (c.norm == query_normalisation::rms) rms = rms_norm<S>(width);
+    const auto epsilon = static_cast<S>(c.epsilon);
+    require<config_error>(epsilon > 0 && std::isfinite(epsilon),
+                          "query network: expected a positive, finite epsilon, got ", c.epsilon);
+    if (c.norm == query_normalisation::layer) layer = layer_norm<S>(width, epsilon);
+    if (c.norm == query_normalisation::rms) rms = rms_norm<S>(width, epsilon);
   }
 
   void prepare(gradient& g) const { g.networks.resize(networks.size()); }
