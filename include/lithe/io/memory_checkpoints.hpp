@@ -1,7 +1,7 @@
 #pragma once
 
-#include "lithe/io/safetensors.hpp"
-#include "lithe/layers/memory/product_key_memory.hpp"
+#include "lithe/io/published_tensors.hpp"
+#include "lithe/layers/memory/memory_presets.hpp"
 #include "lithe/training/parameter_rows.hpp"
 
 namespace lithe::inline LITHE_ABI {
@@ -118,36 +118,38 @@ inline bool ignorable(memory_code code, const std::string& name, bool experts) {
 
 }  // namespace detail
 
-/// Loads a product-key memory from a published checkpoint: all tensors under `prefix` (also with "module." before it), by the names of
-/// `code`. All or nothing. Throws io_error for a missing tensor or another shape, for head_permutations that are none, and, unless strict is
-/// false, for a tensor under the prefix that the layer does not have. `values` = false leaves the tables alone (a pool that was loaded before).
+/// Loads a product-key memory from a published checkpoint: all tensors under `prefix`, by the names of `code`; what
+/// tools add to names (`module.`, `_orig_mod.`) does not matter. All or nothing. Throws io_error for a missing tensor
+/// or another shape, for head_permutations that are none, and, unless strict is false, for tensors under the prefix
+/// that the layer does not have. `values` = false leaves the tables alone (a pool that was loaded before).
+/// `left_aside`, if given, gets the names of tensors that were known and not needed, or let pass.
+///
+/// Constants of the code that no tensor holds are those of the presets; the epsilon of lucidrains_peer's norm is set
+/// here, too.
 template <std::floating_point S, class Table>
-void import_memory(memory_code code, const safetensors_file& file, std::string prefix, product_key_memory<S, Table>& layer, bool strict = true,
-                   bool values = true) {
-  const auto names = file.names();
-  const auto under = [&](const std::string& p) { return std::any_of(names.begin(), names.end(), [&](const auto& n) { return n.starts_with(p); }); };
-  if (!under(prefix) && under("module." + prefix)) prefix = "module." + prefix;
-
-  std::map<std::string, bool> known;
+void import_memory(memory_code code, const safetensors_file& file, const std::string& prefix,
+                   product_key_memory<S, Table>& layer, bool strict = true, bool values = true,
+                   std::vector<std::string>* left_aside = nullptr) {
+  published_tensors from(file);
   const auto is_table = [](const auto& t) { return requires { t.read_row(index_t{}, std::span<S>{}); }; };
   visit_public(
       code, layer,
       [&](const public_rows& p, const auto& t) {
         if (t.rows() * t.cols() == 0) return;
-        known[prefix + p.name] = true;
-        if (is_table(t) && !values) return;
-        file.template expect<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(prefix + p.name, p.shape);
+        if (is_table(t) && !values)
+          from.take(prefix + p.name);
+        else
+          from.template expect<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(prefix + p.name,
+                                                                                                   p.shape);
       },
       layer);
-  for (const auto& name : names)
-    require<io_error>(!strict || !name.starts_with(prefix) || known.contains(name) ||
-                          detail::ignorable(code, name.substr(prefix.size()), layer.config.readout.kind == memory_readout_kind::experts),
-                      file.path().string(), ": tensor ", detail::quoted(name), ": the layer has no such tensor");
+  const bool experts = layer.config.readout.kind == memory_readout_kind::experts;
+  from.leave_aside(prefix, [&](const std::string& name) { return !strict || detail::ignorable(code, name, experts); });
+  from.require_all_taken(prefix);
   if (layer.permutation.size() != 0) {
     const std::string shuffle = prefix + "head_permutations";
-    const auto order = file.template read<std::int64_t>(shuffle);
-    detail::check_permutations<io_error>(std::span<const std::int64_t>(order), layer.keys.slots(),
-                                         concat(file.path().string(), ": tensor ", detail::quoted(shuffle)));
+    const auto order = file.template read<std::int64_t>(from.stored(shuffle));
+    detail::check_permutations<io_error>(std::span<const std::int64_t>(order), layer.keys.slots(), from.who(shuffle));
   }
 
   visit_public(
@@ -159,18 +161,20 @@ void import_memory(memory_code code, const safetensors_file& file, std::string p
           matrix<S> block(std::min<index_t>(1024, t.rows()), t.cols());
           for (index_t first = 0; first < t.rows(); first += block.rows()) {
             const index_t m = std::min(block.rows(), t.rows() - first);
-            file.template read_rows<S>(prefix + p.name, first, matrix_view<S>(block).slice_rows(0, m));
+            file.template read_rows<S>(from.stored(prefix + p.name), first, matrix_view<S>(block).slice_rows(0, m));
             for (index_t i = 0; i < m; ++i) t.write_row(first + i, std::span<const S>(block.data() + i * t.cols(), static_cast<std::size_t>(t.cols())));
           }
         } else {
-          const auto numbers = file.template read<N>(prefix + p.name);
+          const auto numbers = file.template read<N>(from.stored(prefix + p.name));
           for (index_t i = 0; i < t.rows(); ++i)
             for (index_t j = 0; j < t.cols(); ++j)
               t(i, j) = numbers[static_cast<std::size_t>(p.row(i) * t.cols() + j)] + static_cast<N>(p.offset);
         }
       },
       layer);
+  if (code == memory_code::lucidrains_peer) layer.set_input_epsilon(peer_experts(layer.config.inputs).input_epsilon);
   refresh(layer);
+  from.report(left_aside);
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -1,9 +1,8 @@
 #pragma once
 
-#include <nlohmann/json.hpp>
-
 #include "lithe/compose/reformer.hpp"
-#include "lithe/io/safetensors.hpp"
+#include "lithe/io/published_config.hpp"
+#include "lithe/io/published_tensors.hpp"
 #include "lithe/layers/parameters.hpp"
 
 // Hugging Face Reformer models (transformers, models/reformer): their config.json, and their tensors by name.
@@ -20,37 +19,18 @@ struct reformer_settings {
 /// Reads config.json; what it leaves out has the default of the published code. `hash_seed` is of no use: directions of another generator
 /// cannot be drawn again. Throws io_error that names the key.
 [[nodiscard]] inline reformer_settings read_reformer_config(const nlohmann::json& json) {
-  require<io_error>(json.is_object(), "reformer config: expected a JSON object, found a JSON ", json.type_name());
+  detail::require_model_type(json, "reformer config", {"reformer"});
   reformer_settings s;
   reformer_config& c = s.model;
-  const auto read = [&](const char* key, auto& value) {
-    const auto found = json.find(key);
-    if (found == json.end() || found->is_null()) return;
-    try {
-      using V = std::remove_cvref_t<decltype(value)>;
-      const auto whole = [&](const nlohmann::json& number) {
-        require<io_error>(number.is_number_integer(), "reformer config: key '", key, "': expected an integer, found ", number.dump());
-      };
-      if constexpr (std::integral<V> && !std::same_as<V, bool>) {
-        whole(*found);
-        require<io_error>(std::in_range<V>(found->get<std::int64_t>()), "reformer config: key '", key, "': too large: ", found->dump());
-      }
-      if constexpr (std::same_as<V, std::vector<index_t>>)
-        for (const auto& number : *found) whole(number);
-      found->get_to(value);
-    } catch (const nlohmann::json::exception&) {
-      throw io_error(concat("reformer config: key '", key, "': expected another type, found ", found->dump()));
-    }
-  };
+  const auto read = [&](const char* key, auto& value) { detail::read_config_key(json, "reformer config", key, value); };
   bool axial = true;
-  std::string kind = "relu";
   std::vector<std::string> layers;
   read("vocab_size", c.vocabulary);
   read("hidden_size", c.features);
   read("num_attention_heads", c.heads);
   read("attention_head_size", c.head_width);
   read("feed_forward_size", c.hidden);
-  read("hidden_act", kind);
+  detail::read_activation(json, "reformer config", "hidden_act", c.kind);
   read("attn_layers", layers);
   read("axial_pos_embds", axial);
   read("axial_pos_shape", c.position_shape);
@@ -75,10 +55,6 @@ struct reformer_settings {
   read("pad_token_id", s.pad_token);
   read("eos_token_id", s.end_token);
 
-  static const std::map<std::string, activation> kinds{
-      {"relu", activation::relu}, {"gelu", activation::gelu}, {"gelu_new", activation::gelu_tanh}, {"silu", activation::silu}, {"swish", activation::silu}};
-  require<io_error>(kinds.contains(kind), "reformer config: key 'hidden_act': expected relu, gelu, gelu_new, silu or swish, found '", kind, "'");
-  c.kind = kinds.at(kind);
   if (const auto found = json.find("attn_layers"); found != json.end() && !found->is_null()) c.layers.clear();
   for (const std::string& layer : layers) {
     require<io_error>(layer == "local" || layer == "lsh", "reformer config: key 'attn_layers': expected local or lsh, found '", layer, "'");
@@ -157,46 +133,65 @@ void visit_reformer(const reformer<S>& model, const std::string& prefix, F&& f, 
   bias("lm_head.bias", output, std::get<2>(structs.head.layers)...);
 }
 
-/// Loads a checkpoint by its public names into a model built with its configuration. A checkpoint of the model without its head leaves the
-/// head's projection as it is. Buffers of constants are passed over, and `lm_head.decoder.bias`, which must be `lm_head.bias` where both stand.
+/// Loads a checkpoint by its public names into a model built with its configuration: all tensors under `prefix`; what
+/// tools add to names (`module.`, `_orig_mod.`) does not matter. A checkpoint of the model without its head, or with
+/// the head of another task, leaves the head's projection as it is. Left aside by name are the other task's head,
+/// buffers of constants, and `lm_head.decoder.bias`, which must be `lm_head.bias` where both stand; `left_aside`, if
+/// given, gets their names.
 ///
-/// All or nothing. Throws io_error that names file and tensor: missing, unknown, of another shape or not of floating-point numbers.
+/// All or nothing. Throws io_error that names file and tensors: missing, unknown, of another shape or not of
+/// floating-point numbers.
 template <std::floating_point S>
-void import_reformer(const safetensors_file& file, reformer<S>& model) {
-  const std::string path = file.path().string(), alias = "lm_head.decoder.bias";
-  const bool whole = file.contains("reformer.embeddings.word_embeddings.weight") || !file.contains("embeddings.word_embeddings.weight");
-  const std::string prefix = whole ? "reformer." : "";
+void import_reformer(const safetensors_file& file, reformer<S>& model, std::string prefix = "",
+                     std::vector<std::string>* left_aside = nullptr) {
+  published_tensors from(file);
+  prefix = detail::without_tools(prefix);
+  const std::string alias = prefix + "lm_head.decoder.bias";
+  const auto other_head = [](const std::string& name) {
+    return name.starts_with("classifier.") || name.starts_with("qa_outputs.");
+  };
+  const bool bare = !from.contains(prefix + "reformer.embeddings.word_embeddings.weight") &&
+                    from.contains(prefix + "embeddings.word_embeddings.weight");
+  bool headless = bare;
+  for (const auto& [name, stored] : from.names())
+    headless = headless || (name.starts_with(prefix) && other_head(name.substr(prefix.size())));
   reformer<S> next = model;
-  std::set<std::string> known;
   std::vector<std::function<void()>> reads;
   visit_reformer(
-      std::as_const(next), prefix,
-      [&](const std::string& name, const std::vector<index_t>& shape, matrix<S>& t) {
-        if (!whole && name.starts_with("lm_head.")) return;
-        const std::string found = name == "lm_head.bias" && !file.contains(name) && file.contains(alias) ? alias : name;
-        known.insert(found);
-        file.template expect<S>(found, shape);
-        reads.emplace_back([&file, &t, found] {
-          const auto numbers = file.template read<S>(found);
+      std::as_const(next), prefix + (bare ? "" : "reformer."),
+      [&](const std::string& tensor, const std::vector<index_t>& shape, matrix<S>& t) {
+        const bool head = tensor.starts_with("lm_head.");
+        if (head && headless) return;
+        const std::string name = head ? prefix + tensor : tensor;
+        const std::string found =
+            tensor == "lm_head.bias" && !from.contains(name) && from.contains(alias) ? alias : name;
+        from.template expect<S>(found, shape);
+        reads.emplace_back([&file, &t, stored = from.stored(found)] {
+          const auto numbers = file.template read<S>(stored);
           std::copy(numbers.begin(), numbers.end(), t.data());
         });
       },
       next);
-  for (const std::string& name : file.names()) {
-    const bool constant = name.find(".self_attention.self_mask_value_float") != std::string::npos ||
-                          name.find(".self_attention.mask_value_float") != std::string::npos;
-    require<io_error>(known.contains(name) || constant || (whole && name == alias), path, ": tensor ", detail::quoted(name),
-                      ": expected no tensor of this name in a model of this configuration");
-  }
-  if (known.contains("lm_head.bias") && file.contains(alias))
-    require<io_error>(file.template read<double>(alias) == file.template read<double>("lm_head.bias"), path, ": tensor ", detail::quoted(alias),
-                      ": expected the numbers of 'lm_head.bias', found others");
+  const bool both = !headless && from.contains(alias) && from.contains(prefix + "lm_head.bias");
+  from.leave_aside(prefix, [&](const std::string& name) {
+    return name.find(".self_attention.self_mask_value_float") != std::string::npos ||
+           name.find(".self_attention.mask_value_float") != std::string::npos || (headless && other_head(name)) ||
+           (both && name == "lm_head.decoder.bias");
+  });
+  from.require_all_taken(prefix);
+  if (both)
+    require<io_error>(file.template read<double>(from.stored(alias)) ==
+                          file.template read<double>(from.stored(prefix + "lm_head.bias")),
+                      from.who(alias), ": expected the numbers of 'lm_head.bias', found others");
   for (const auto& read : reads) read();
   refresh(next);
   model = std::move(next);
+  from.report(left_aside);
 }
 
-/// Writes a model under its public names. `metadata`: by custom {"config": config.json}.
+/// Writes a model under its public names. `metadata`: by custom {"config": config.json}. The key of LSH attention's
+/// directions has no public name: importing draws them from that of the model. Throws config_error rather than write
+/// NaN or infinity.
 template <std::floating_point S>
 void export_reformer(const std::filesystem::path& path, const reformer<S>& model, metadata_map metadata = {}) {
   safetensors_writer file;
@@ -204,6 +199,8 @@ void export_reformer(const std::filesystem::path& path, const reformer<S>& model
   visit_reformer(
       model, "reformer.",
       [&](const std::string& name, const std::vector<index_t>& shape, const matrix<S>& t) {
+        require<config_error>(t.allFinite(), "export_reformer: expected finite numbers, got NaN or infinity in ",
+                              detail::quoted(name));
         file.add<S>(name, shape, std::span<const S>(t.data(), static_cast<std::size_t>(t.size())));
       },
       model);

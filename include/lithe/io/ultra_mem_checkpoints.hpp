@@ -2,7 +2,7 @@
 
 #include <functional>
 
-#include "lithe/io/safetensors.hpp"
+#include "lithe/io/published_tensors.hpp"
 #include "lithe/layers/memory/ultra_mem.hpp"
 #include "lithe/training/parameter_rows.hpp"
 
@@ -50,42 +50,46 @@ struct ultra_mem_import {
   bool strict = true;             ///< a tensor under `prefix` that the layer does not have is an error
   bool values = true;             ///< false leaves the tables alone (loaded before by another unit)
   bool derive_vectors = true;     ///< singular vectors that are stored all zero are derived from the cores; false: an error
+  std::vector<std::string>* left_aside = nullptr;  ///< if given, gets the names under `prefix` that were let pass
 };
 
-/// Loads an UltraMem layer from a checkpoint of the authors' code. All or nothing. The singular vectors are read, not derived: their sign is
-/// state and decides what is chosen. Throws io_error for a missing tensor or another shape, for a shuffle_index that is no permutation,
-/// and as `options` say.
+/// Loads an UltraMem layer from a checkpoint of the authors' code; what tools add to names (`module.`, `_orig_mod.`)
+/// does not matter. All or nothing. The singular vectors are read, not derived: their sign is state and decides what is
+/// chosen. Throws io_error for a missing tensor or another shape, for a shuffle_index that is no permutation, and as
+/// `options` say.
 template <std::floating_point S, class Table>
 void import_ultra_mem(const safetensors_file& file, ultra_mem<S, Table>& layer, ultra_mem_import options) {
   if (options.table_prefix.empty()) options.table_prefix = options.prefix;
-  const std::string where = file.path().string();
-  const auto full = [&](const ultra_mem_tensor& p) { return (p.table ? options.table_prefix : options.prefix) + p.name; };
-  std::set<std::string> known;
+  published_tensors from(file);
+  const auto full = [&](const ultra_mem_tensor& p) {
+    return (p.table ? options.table_prefix : options.prefix) + p.name;
+  };
   visit_ultra_mem(
       layer,
       [&](const ultra_mem_tensor& p, const auto& t) {
         if (t.rows() * t.cols() == 0) return;
-        known.insert(full(p));
-        if (p.table && !options.values) return;
+        if (p.table && !options.values) return from.take(full(p));
         const bool vectors = p.name == "tucker_core_u" || p.name == "tucker_core_v";
-        file.template expect<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(
-            full(p), p.shape, vectors ? " (the leading singular vectors are state: their sign cannot be had from the cores)" : "");
+        from.template expect<typename detail::number_of<std::remove_cvref_t<decltype(t)>>::type>(
+            full(p), p.shape,
+            vectors ? " (the leading singular vectors are state: their sign cannot be had from the cores)" : "");
       },
       std::as_const(layer));
-  for (const auto& name : file.names())
-    require<io_error>(!options.strict || !name.starts_with(options.prefix) || name.starts_with(options.prefix + "full_memory_layer.") || known.contains(name),
-                      where, ": tensor ", detail::quoted(name), ": the layer has no such tensor");
+  from.leave_aside(options.prefix,
+                   [&](const std::string& name) { return !options.strict || name.starts_with("full_memory_layer."); });
+  from.require_all_taken(options.prefix);
 
   // What may be refused is looked at before anything is changed.
   const std::string shuffle = options.prefix + "shuffle_index";
-  const auto order = file.template read<std::int64_t>(shuffle);
-  detail::check_permutation<io_error>(std::span<const std::int64_t>(order), concat(where, ": ", shuffle));
+  const auto order = file.template read<std::int64_t>(from.stored(shuffle));
+  detail::check_permutation<io_error>(std::span<const std::int64_t>(order), from.who(shuffle));
   const auto zero = [&](const char* name) {
-    const auto v = file.template read<double>(options.prefix + name);
+    const auto v = file.template read<double>(from.stored(options.prefix + name));
     return std::all_of(v.begin(), v.end(), [](double x) { return x == 0; });
   };
   const bool fresh = zero("tucker_core_u") && zero("tucker_core_v");
-  require<io_error>(!fresh || options.derive_vectors, where, ": ", options.prefix, "tucker_core_u and _v are all zero: their sign is not known");
+  require<io_error>(!fresh || options.derive_vectors, from.who(options.prefix + "tucker_core_u"),
+                    ": expected singular vectors, found zeros, in tucker_core_v too: their sign is not known");
 
   visit_ultra_mem(
       layer,
@@ -97,13 +101,13 @@ void import_ultra_mem(const safetensors_file& file, ultra_mem<S, Table>& layer, 
           matrix<S> block(most, p.shape.back());
           for (index_t first = 0; first < p.shape.front(); first += most) {
             const index_t rows = std::min(most, p.shape.front() - first);
-            file.template read_rows<S>(full(p), first, matrix_view<S>(block).slice_rows(0, rows));
+            file.template read_rows<S>(from.stored(full(p)), first, matrix_view<S>(block).slice_rows(0, rows));
             for (index_t i = 0; i < rows * slices; ++i)
               t.write_row(first * slices + i, std::span<const S>(block.data() + i * t.cols(), static_cast<std::size_t>(t.cols())));
           }
         } else {
           using N = std::remove_cvref_t<decltype(t(0, 0))>;
-          const auto numbers = file.template read<N>(full(p));
+          const auto numbers = file.template read<N>(from.stored(full(p)));
           for (index_t i = 0; i < t.rows(); ++i)
             for (index_t j = 0; j < t.cols(); ++j) t(i, j) = numbers[static_cast<std::size_t>(p.at ? p.at(i, j) : i * t.cols() + j)];
         }
@@ -111,6 +115,7 @@ void import_ultra_mem(const safetensors_file& file, ultra_mem<S, Table>& layer, 
       layer);
   if (fresh) layer.search.follow();
   refresh(layer);
+  from.report(options.left_aside);
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -142,11 +142,29 @@ TEST(ultra_mem_checkpoints, bad_checkpoints_are_refused_in_a_sentence_and_change
   refused("tucker_core_u': expected shape [1, 2, 1, 3], found no tensor of that name (the leading singular vectors are state", [](auto& all) { all.erase("tucker_core_u"); });
   refused("tucker_core_v': expected shape", [](auto& all) { all.erase("tucker_core_v"); });
   refused("shuffle_index': expected shape", [](auto& all) { all.erase("shuffle_index"); });
-  refused("shuffle_index: not a permutation: ", [](auto& all) { all["shuffle_index"].second[3] = all["shuffle_index"].second[4]; });
-  refused("shuffle_index: not a permutation: 7 goes to 100, outside 0 .. 99", [](auto& all) { all["shuffle_index"].second[7] = 100; });
-  refused("shuffle_index: not a permutation: 7 goes to -1", [](auto& all) { all["shuffle_index"].second[7] = -1; });
+  refused("shuffle_index': not a permutation: ",
+          [](auto& all) { all["shuffle_index"].second[3] = all["shuffle_index"].second[4]; });
+  refused("shuffle_index': not a permutation: 7 goes to 100, outside 0 .. 99",
+          [](auto& all) { all["shuffle_index"].second[7] = 100; });
+  refused("shuffle_index': not a permutation: 7 goes to -1", [](auto& all) { all["shuffle_index"].second[7] = -1; });
   refused("keys': expected shape [2, 2, 10, 6, 3], found [2, 2, 10, 3, 6]", [](auto& all) { all["keys"].first = {2, 2, 10, 3, 6}; });
-  refused("unheard_of': the layer has no such tensor", [](auto& all) { all["unheard_of"] = {{1}, {0.0}}; });
+  refused("tensor 'unheard_of': expected no tensor of this name", [](auto& all) { all["unheard_of"] = {{1}, {0.0}}; });
+}
+
+TEST(ultra_mem_checkpoints, what_tools_add_does_not_matter_and_what_is_let_pass_is_reported) {
+  const temporary_file file;
+  const auto saved = make(first(), 5);
+  auto all = public_tensors(saved, "module.unit._orig_mod.", "module.unit._orig_mod.");
+  all["module.unit.more"] = {{1}, {0.0}};
+  all["module.elsewhere"] = {{1}, {0.0}};  // not under the prefix
+  write(file.path, all);
+  memory loaded(first(), rng_key{9});
+  EXPECT_THROW(import_ultra_mem(safetensors_file(file.path), loaded, {.prefix = "unit."}), io_error);
+  std::vector<std::string> aside;
+  import_ultra_mem(safetensors_file(file.path), loaded, {.prefix = "unit.", .strict = false, .left_aside = &aside});
+  EXPECT_EQ(aside, std::vector<std::string>{"module.unit.more"});
+  EXPECT_LT((output_of(loaded) - output_of(saved)).cwiseAbs().maxCoeff(),
+            1e-13 * std::max(1.0, output_of(saved).norm()));
 }
 
 TEST(ultra_mem_checkpoints, our_own_files_keep_the_state) {

@@ -100,9 +100,10 @@ matrix<double> input() {
 }
 
 /// A post-norm block by plain loops, from names spelled out here.
-matrix<double> post_norm_by_hand(const checkpoint& c, const std::string& q, const std::string& k, const std::string& v, const std::string& o,
-                                 const std::string& norm1, const std::string& up, const std::string& down, const std::string& norm2, matrix<double> x,
-                                 bool old) {
+matrix<double> post_norm_by_hand(const checkpoint& c, const std::string& q, const std::string& k, const std::string& v,
+                                 const std::string& o, const std::string& norm1, const std::string& up,
+                                 const std::string& down, const std::string& norm2, matrix<double> x, bool old,
+                                 double epsilon = 1e-12, bool tanh_form = false) {
   const auto project = [&](const std::string& name, const matrix<double>& a) {
     matrix<double> y = a * wide(c.at(name + ".weight")).transpose();
     y.rowwise() += wide(c.at(name + ".bias")).row(0);
@@ -111,7 +112,7 @@ matrix<double> post_norm_by_hand(const checkpoint& c, const std::string& q, cons
   const auto normalise = [&](const std::string& name, matrix<double> a, bool gamma) {
     for (index_t t = 0; t < a.rows(); ++t) {
       const double mean = a.row(t).mean(), variance = (a.row(t).array() - mean).square().mean();
-      a.row(t) = ((a.row(t).array() - mean) / std::sqrt(variance + 1e-12)).matrix();
+      a.row(t) = ((a.row(t).array() - mean) / std::sqrt(variance + epsilon)).matrix();
     }
     matrix<double> y = a.array().rowwise() * wide(c.at(name + (gamma ? ".gamma" : ".weight"))).row(0).array();
     y.rowwise() += wide(c.at(name + (gamma ? ".beta" : ".bias"))).row(0);
@@ -128,7 +129,11 @@ matrix<double> post_norm_by_hand(const checkpoint& c, const std::string& q, cons
   }
   const matrix<double> h = normalise(norm1, x + project(o, context), old);
   matrix<double> u = project(up, h);
-  u = u.unaryExpr([](double a) { return 0.5 * a * (1 + std::erf(a / std::sqrt(2.0))); });
+  u = u.unaryExpr([&](double a) {
+    const double inner = tanh_form ? std::tanh(std::sqrt(2 / std::numbers::pi) * (a + 0.044715 * a * a * a))
+                                   : std::erf(a / std::sqrt(2.0));
+    return 0.5 * a * (1 + inner);
+  });
   return normalise(norm2, h + project(down, u), false);
 }
 template <class L>
@@ -173,8 +178,9 @@ TEST(attention_checkpoints, bert_distilbert_and_albert_load_by_their_names_with_
     c.write(file.path);
     const std::string b = "albert.encoder.albert_layer_groups.0.albert_layers.0.";
     EXPECT_LT(difference(run(import_encoder<separate>(safetensors_file(file.path), {.heads = H}), input()),
-                         post_norm_by_hand(c, b + "attention.query", b + "attention.key", b + "attention.value", b + "attention.dense",
-                                           b + "attention.LayerNorm", b + "ffn", b + "ffn_output", b + "full_layer_layer_norm", input(), false)),
+                         post_norm_by_hand(c, b + "attention.query", b + "attention.key", b + "attention.value",
+                                           b + "attention.dense", b + "attention.LayerNorm", b + "ffn",
+                                           b + "ffn_output", b + "full_layer_layer_norm", input(), false, 1e-12, true)),
               1e-6);
   }
 }
@@ -333,6 +339,305 @@ TEST(attention_checkpoints, missing_tensors_are_named_and_no_bad_number_is_writt
   attention_names names;
   names.shared = "a.";
   EXPECT_THROW(import_collaborative(safetensors_file(file.path), names, to), io_error);
+}
+
+// ---- what is not understood ----
+
+/// What an import says; "" if nothing.
+template <class F>
+std::string refusal(const checkpoint& c, F&& import) {
+  const temporary_file file("refused");
+  c.write(file.path);
+  const safetensors_file in(file.path);
+  try {
+    import(in);
+  } catch (const io_error& e) {
+    EXPECT_TRUE(std::string(e.what()).starts_with(file.path.string())) << e.what();
+    return e.what();
+  }
+  return "";
+}
+std::string encoder_refusal(const checkpoint& c, const std::string& prefix = "") {
+  return refusal(
+      c, [&](const safetensors_file& in) { (void)import_encoder<separate>(in, {.heads = H, .prefix = prefix}); });
+}
+void expect_part(const std::string& text, const std::string& part) {
+  EXPECT_NE(text.find(part), std::string::npos) << "'" << text << "' lacks " << part;
+}
+
+checkpoint with(checkpoint c, const std::string& name, index_t rows = 1, index_t cols = D) {
+  c.put(name, rows, cols);
+  return c;
+}
+checkpoint both(checkpoint a, const checkpoint& b) {
+  a.tensors.insert(b.tensors.begin(), b.tensors.end());
+  return a;
+}
+
+TEST(attention_checkpoints, an_encoder_decoder_is_refused_by_its_cross_attention_and_a_prefix_chooses) {
+  checkpoint decoder = bert("decoder.bert.", 2);
+  for (const char* p : {"self.query", "self.key", "self.value", "output.dense"})
+    decoder.linear(std::string("decoder.bert.encoder.layer.0.crossattention.") + p, D, D);
+  const checkpoint all = both(bert("encoder.", 2), decoder);
+  for (const std::string& said : {encoder_refusal(all), encoder_refusal(all, "decoder."), encoder_refusal(decoder)}) {
+    expect_part(said, "'decoder.bert.encoder.layer.0.crossattention.output.dense.bias'");
+    expect_part(said, "and 4 more");
+    expect_part(said, "found attention to another sequence");
+  }
+  const temporary_file file("both"), alone("alone");
+  all.write(file.path);
+  bert("", 2).write(alone.path);
+  checkpoint encoder;
+  for (const auto& [name, m] : all.tensors)
+    if (name.starts_with("encoder.")) encoder.tensors[name.substr(8)] = m;
+  encoder.write(alone.path);
+  std::vector<std::string> aside;
+  const auto chosen =
+      import_encoder<separate>(safetensors_file(file.path), {.heads = H, .prefix = "encoder.", .left_aside = &aside});
+  ASSERT_EQ(chosen.blocks.size(), 2U);
+  EXPECT_EQ(run(chosen, input()), run(import_encoder<separate>(safetensors_file(alone.path), {.heads = H}), input()));
+  EXPECT_EQ(aside, std::vector<std::string>{"encoder.embeddings.word_embeddings.weight"});
+  expect_part(refusal(all,
+                      [&](const safetensors_file& in) {
+                        reparametrise_checkpoint(in, alone.path, H, {.rank = 4}, {}, [](const auto&...) {});
+                      }),
+              "'decoder.bert.encoder.layer.0.crossattention.output.dense.bias'");
+  expect_part(encoder_refusal(whisper("model.")), "encoder_attn");
+}
+
+TEST(attention_checkpoints, two_stacks_and_holes_are_refused) {
+  expect_part(encoder_refusal(both(bert("question.", 1), bert("answer.", 1))),
+              "found 'answer.encoder.layer.' and 'question.encoder.layer.'");
+  EXPECT_EQ(encoder_refusal(both(bert("question.", 1), bert("answer.", 1)), "answer."), "");
+  const auto without = [](checkpoint c, const std::string& part) {
+    std::erase_if(c.tensors, [&](const auto& t) { return t.first.find(part) != std::string::npos; });
+    return c;
+  };
+  expect_part(encoder_refusal(without(bert("bert.", 3), "layer.1.")),
+              "found 'bert.encoder.layer.2.' where number 1 has to come");
+  expect_part(encoder_refusal(without(bert("bert.", 3), "layer.0.")),
+              "found 'bert.encoder.layer.1.' where number 0 has to come");
+  expect_part(encoder_refusal(without(bert("", 12), "layer.9.")), "where number 9 has to come");
+  EXPECT_EQ(encoder_refusal(bert("bert.", 12)), "");
+  const checkpoint one = albert("albert.");
+  checkpoint groups = one;
+  for (const auto& [name, m] : one.tensors) {
+    std::string other = name;
+    other.replace(other.find("groups.0"), 8, "groups.2");
+    groups.tensors[other] = m;
+  }
+  expect_part(encoder_refusal(groups), "albert_layer_groups.2.albert_layers.0.'");
+  expect_part(encoder_refusal(bert("bert.", 1), "roberta."), "below 'roberta.', found none; there is no tensor");
+  expect_part(encoder_refusal(with({}, "transformer.h.0.attn.c_attn.weight")),
+              "it begins with tensor 'transformer.h.0.attn.c_attn.weight'");
+}
+
+TEST(attention_checkpoints, tensors_that_nobody_takes_are_refused_by_name) {
+  const std::string b = "bert.encoder.layer.1.";
+  for (const std::string& name :
+       {b + "attention.self.distance_embedding.weight", b + "attention.output.adapters.fine.down.weight",
+        b + "output.adapters.fine.down.weight", b + "attention.self.query.lora_A.default.weight",
+        b + "attention.self.query.weight_scale", b + "attention.self.rotary.inv_freq",
+        std::string("bert.encoder.relative_attention_bias.weight"), std::string("bert.encoder.rel_embeddings.weight"),
+        std::string("surprise"), b + "output.LayerNorm.gamma"}) {
+    const checkpoint c = with(bert("bert.", 2), name);
+    expect_part(encoder_refusal(c), "tensor '" + name + "': expected no tensor of this name");
+    EXPECT_EQ(refusal(c,
+                      [&](const safetensors_file& in) {
+                        (void)import_post_norm_block<separate>(in, find_attention(in).at(0), {.heads = H});
+                      }),
+              "");
+    const std::string block = refusal(c, [&](const safetensors_file& in) {
+      (void)import_post_norm_block<separate>(in, find_attention(in).at(1), {.heads = H});
+    });
+    EXPECT_EQ(block.empty(), !name.starts_with(b)) << name << block;
+  }
+  const std::string distance = "encoder.layer.0.attention.self.distance_embedding.weight";
+  separate l;
+  shared_heads shared;
+  expect_part(refusal(with(bert("", 1), distance, 5, D / H),
+                      [&](const safetensors_file& in) { import_attention(in, find_attention(in).at(0), H, l); }),
+              distance);
+  EXPECT_EQ(l.query.weight.size(), 0) << "nothing is half imported";
+  const temporary_file target("target");
+  expect_part(refusal(with(bert("", 1), distance, 5, D / H),
+                      [&](const safetensors_file& in) {
+                        reparametrise_checkpoint(in, target.path, H, {.rank = 4}, {}, [](const auto&...) {});
+                      }),
+              distance);
+  checkpoint collaborative;
+  collaborative.put("encoder.layer.0.attention.self.mixing", H, 4);
+  for (const char* p : {"query", "key"})
+    collaborative.linear(std::string("encoder.layer.0.attention.self.") + p, 4, D, false);
+  collaborative.linear("encoder.layer.0.attention.self.value", D, D);
+  const auto import_shared = [&](const safetensors_file& in) {
+    import_collaborative(in, find_attention(in).at(0), shared);
+  };
+  EXPECT_EQ(refusal(collaborative, import_shared), "");
+  expect_part(refusal(with(collaborative, distance), import_shared), distance);
+  expect_part(
+      refusal(collaborative, [&](const safetensors_file& in) { import_attention(in, find_attention(in).at(0), H, l); }),
+      "found shared ones");
+  const checkpoint many = with(with(with(with(with(with(bert("", 1), "x.a"), "x.b"), "x.c"), "x.d"), "x.e"), "x.f");
+  expect_part(encoder_refusal(many), "tensors 'x.a', 'x.b', 'x.c', 'x.d' and 2 more: expected no tensor");
+}
+
+TEST(attention_checkpoints, heads_and_buffers_are_left_aside_by_name_and_reported) {
+  checkpoint c = bert("bert.", 2);
+  const std::vector<std::string> known{"bert.embeddings.LayerNorm.weight",
+                                       "bert.embeddings.position_ids",
+                                       "bert.embeddings.word_embeddings.weight",
+                                       "bert.pooler.dense.weight",
+                                       "classifier.weight",
+                                       "cls.predictions.bias",
+                                       "cls.seq_relationship.weight",
+                                       "qa_outputs.bias"};
+  for (const auto& name : known) c.put(name, 2, D);
+  for (const std::string before : {"", "module.", "_orig_mod."}) {
+    checkpoint renamed;
+    for (const auto& [name, m] : c.tensors) renamed.tensors[before + name] = m;
+    const temporary_file file("heads");
+    renamed.write(file.path);
+    std::vector<std::string> aside, expected;
+    const auto encoder = import_encoder<separate>(safetensors_file(file.path), {.heads = H, .left_aside = &aside});
+    for (const auto& name : known) expected.push_back(before + name);
+    EXPECT_EQ(aside, expected);
+    EXPECT_EQ(encoder.blocks.size(), 2U);
+  }
+}
+
+TEST(attention_checkpoints, what_tools_add_to_names_does_not_matter) {
+  const checkpoint c = bert("bert.", 2);
+  const temporary_file plain("plain"), other("other"), shared("shared");
+  c.write(plain.path);
+  const auto y = run(import_encoder<separate>(safetensors_file(plain.path), {.heads = H}), input());
+  const auto renamed = [&](const std::string& from, const std::string& to) {
+    checkpoint r;
+    for (const auto& [name, m] : c.tensors) {
+      const auto at = name.find(from);
+      r.tensors[at == std::string::npos ? name : name.substr(0, at) + to + name.substr(at + from.size())] = m;
+    }
+    return r;
+  };
+  for (const auto& [from, to] : {std::pair<std::string, std::string>{"bert.", "module.bert."},
+                                 {"bert.", "module._orig_mod.bert."},
+                                 {"layer.1.", "layer.1._orig_mod."},
+                                 {"bert.", "base_model.model.bert."},
+                                 {"attention.self.", "attention._checkpoint_wrapped_module.self."}}) {
+    renamed(from, to).write(other.path);
+    const safetensors_file in(other.path);
+    EXPECT_EQ(run(import_encoder<separate>(in, {.heads = H}), input()), y) << to;
+    const auto names = find_attention(in);
+    ASSERT_EQ(names.size(), 2U) << to;
+    EXPECT_EQ(names[1].block, "bert.encoder.layer.1.");
+    reparametrise_checkpoint(in, shared.path, H, {.rank = D}, {}, [](const auto&...) {});
+    EXPECT_LT(difference(run(import_encoder<shared_heads>(safetensors_file(shared.path), {}), input()), y), 1e-5)
+        << to;  // through float
+  }
+  expect_part(encoder_refusal(both(c, renamed("bert.", "module.bert."))), "without what tools add");
+}
+
+TEST(attention_checkpoints, tensors_that_contradict_each_other_are_sentences) {
+  const std::string b = "encoder.layer.1.";
+  checkpoint c = bert("", 2);
+  c.tensors.erase(b + "attention.self.key.bias");
+  expect_part(encoder_refusal(c), "'" + b + "attention.self.key.bias'");
+  c = bert("", 2);
+  c.tensors.erase(b + "output.dense.bias");
+  expect_part(encoder_refusal(c), "'" + b + "output.dense.bias'");
+  c = bert("", 2);
+  std::erase_if(c.tensors, [](const auto& t) {
+    return t.first.ends_with("dense.bias") ||
+           (t.first.ends_with(".bias") && t.first.find("self.") != std::string::npos);
+  });
+  EXPECT_EQ(encoder_refusal(c), "") << "no bias at all is no contradiction";
+  c = bert("", 2);
+  c.put(b + "attention.output.dense.weight", D + 1, D);
+  c.put(b + "attention.output.dense.bias", 1, D + 1);
+  expect_part(encoder_refusal(c),
+              "'" + b + "attention.output.dense.weight': expected as many rows as inputs, 12, found 13");
+  c = bert("", 2);
+  c.put(b + "intermediate.dense.weight", F, D + 1);
+  expect_part(encoder_refusal(c), "intermediate.dense.weight': expected shape [0 x 12] (0: any), found [20 x 13]");
+
+  const temporary_file file("kinds");
+  for (const bool cube : {false, true}) {
+    safetensors_writer out;
+    const checkpoint whole = bert("", 1);
+    const std::vector<std::int32_t> integers(D * D, 1);
+    const std::vector<float> numbers(D * D, 1);
+    for (const auto& [name, m] : whole.tensors)
+      if (name != "encoder.layer.0.attention.self.key.weight") out.add<float>(name, m);
+    if (cube)
+      out.add<float>("encoder.layer.0.attention.self.key.weight", {D, 1, D}, numbers);
+    else
+      out.add<std::int32_t>("encoder.layer.0.attention.self.key.weight", {D, D}, integers);
+    out.write(file.path);
+    try {
+      (void)import_encoder<separate>(safetensors_file(file.path), {.heads = H});
+      ADD_FAILURE() << cube;
+    } catch (const io_error& e) {
+      expect_part(e.what(), cube ? "key.weight': expected a matrix, found shape [12, 1, 12]"
+                                 : "key.weight': expected floating-point numbers, found I32");
+    }
+  }
+}
+
+/// Small rows show a norm's epsilon: the attention gives nothing, so the first norm sees the input alone.
+TEST(attention_checkpoints, norms_have_the_published_epsilon) {
+  for (const auto& [prefix, epsilon] : {std::pair{"bert.", 1e-12}, {"roberta.", 1e-5}})
+    for (const double deviation : {0.02, 0.005, 1e-4}) {
+      checkpoint c = bert(prefix, 1);
+      const std::string b = std::string(prefix) + "encoder.layer.0.";
+      for (const char* part : {"weight", "bias"}) c.tensors[b + "attention.output.dense." + part].setZero();
+      const temporary_file file("epsilon");
+      c.write(file.path);
+      const matrix<double> x = deviation * input();
+      const auto by_hand = [&](double e) {
+        return post_norm_by_hand(c, b + "attention.self.query", b + "attention.self.key", b + "attention.self.value",
+                                 b + "attention.output.dense", b + "attention.output.LayerNorm",
+                                 b + "intermediate.dense", b + "output.dense", b + "output.LayerNorm", x, true, e);
+      };
+      const safetensors_file in(file.path);
+      EXPECT_LT(difference(run(import_encoder<separate>(in, {.heads = H}), x), by_hand(epsilon)), 1e-6)
+          << prefix << deviation;
+      EXPECT_LT(difference(run(import_encoder<separate>(in, {.heads = H, .epsilon = 1e-6}), x), by_hand(1e-6)), 1e-6);
+    }
+}
+
+TEST(attention_checkpoints, configurations_are_read_or_refused_by_their_keys) {
+  const auto read = [](const char* text) { return read_encoder_config(nlohmann::json::parse(text)); };
+  const auto bert_config =
+      read(R"({"model_type": "bert", "num_attention_heads": 12, "position_embedding_type": "absolute"})");
+  EXPECT_EQ(bert_config.heads, 12);
+  EXPECT_EQ(bert_config.epsilon, 1e-12);
+  EXPECT_EQ(bert_config.kind, activation::gelu);
+  const auto roberta =
+      read(R"({"model_type": "roberta", "num_attention_heads": 2, "layer_norm_eps": 1e-05, "hidden_act": "relu"})");
+  EXPECT_EQ(roberta.epsilon, 1e-5);
+  EXPECT_EQ(roberta.kind, activation::relu);
+  const auto distil =
+      read(R"({"model_type": "distilbert", "n_heads": 3, "activation": "gelu_new", "layer_norm_eps": 1})");
+  EXPECT_EQ(distil.heads, 3);
+  EXPECT_EQ(distil.epsilon, 1e-12);  // its code has the number fixed
+  EXPECT_EQ(distil.kind, activation::gelu_tanh);
+  EXPECT_EQ(read(R"({"model_type": "albert", "num_attention_heads": 3})").kind, activation::gelu_tanh);
+  for (const auto& [text, part] :
+       {std::pair{R"({"num_attention_heads": 2, "position_embedding_type": "relative_key"})",
+                  "'position_embedding_type'"},
+        {R"({"num_attention_heads": 2, "is_decoder": true})", "'is_decoder'"},
+        {R"({"num_attention_heads": 2, "add_cross_attention": true})", "'add_cross_attention'"},
+        {R"({"num_attention_heads": 2, "hidden_act": "mish"})", "'hidden_act'"},
+        {R"({"num_attention_heads": "two"})", "'num_attention_heads': expected an integer"},
+        {R"({"num_attention_heads": 2, "model_type": "llama"})", "'model_type'"},
+        {R"({})", "heads"},
+        {R"([])", "JSON array"}})
+    try {
+      (void)read(text);
+      ADD_FAILURE() << text;
+    } catch (const io_error& e) {
+      expect_part(e.what(), part);
+    }
 }
 
 }  // namespace attention_checkpoints_tests

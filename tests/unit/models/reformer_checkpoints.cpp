@@ -61,9 +61,12 @@ void write_changed(const std::filesystem::path& path, const reformer<double>& m,
 }
 constexpr auto unchanged = [](const std::string&, const std::vector<index_t>&, const std::vector<double>&) { return true; };
 
+/// Among the tensors that have a public name: all parameters.
 index_t differences(const reformer<double>& a, const reformer<double>& b) {
   index_t n = 0;
-  for_each_tensor([&](const std::string&, role, const auto& p, const auto& q) { n += (p.array() != q.array()).count(); }, a, b);
+  for_each_tensor([&](const std::string&, role kind, const auto& p,
+                      const auto& q) { n += kind == role::parameter ? (p.array() != q.array()).count() : 0; },
+                  a, b);
   return n;
 }
 
@@ -156,6 +159,49 @@ TEST(reformer_checkpoints, bare_models_aliases_constants_and_short_numbers_load)
   EXPECT_GT(differences(a, b), 100);
 }
 
+TEST(reformer_checkpoints, prefixes_and_heads_of_other_tasks) {
+  temporary t;
+  const auto a = make_reformer<double>(small(), {1});
+  const auto fresh = make_reformer<double>(small(), {2});
+  for (const auto& [before, prefix] : {std::pair{"module.", ""},
+                                       {"_orig_mod.", ""},
+                                       {"net.", "net."},
+                                       {"module.net.", "net."},
+                                       {"net.", "module.net."}}) {
+    auto b = fresh;
+    write_changed(t.path, a, [&, &put = before](std::string& name, auto&, auto&) {
+      name = put + name;
+      return true;
+    });
+    import_reformer(safetensors_file(t.path), b, prefix);
+    EXPECT_EQ(differences(a, b), 0) << before << prefix;
+  }
+  auto b = fresh;
+  const std::vector<double> numbers(4);
+  std::vector<std::string> aside;
+  write_changed(
+      t.path, a, [](std::string& name, auto&, auto&) { return !name.starts_with("lm_head."); },
+      [&](safetensors_writer& file) {
+        file.add<double>("classifier.dense.bias", {4}, std::span<const double>(numbers));
+      });
+  import_reformer(safetensors_file(t.path), b, "", &aside);
+  EXPECT_EQ(aside, std::vector<std::string>{"classifier.dense.bias"});
+  EXPECT_EQ(std::get<2>(b.head.layers).weight, std::get<2>(fresh.head.layers).weight);
+  EXPECT_EQ(b.words.weight, a.words.weight);
+  b = fresh;
+  write_changed(t.path, a, [](std::string& name, auto&, auto&) { return !name.starts_with("lm_head."); });
+  expect_part(message(t.path, b),
+              "tensor 'lm_head.decoder.weight': expected shape [11, 16], found no tensor of that name");
+}
+
+TEST(reformer_checkpoints, numbers_that_are_not_finite_are_not_exported) {
+  temporary t;
+  auto a = make_reformer<double>(small(), {1});
+  a.words.weight(2, 3) = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_THROW(export_reformer(t.path, a), config_error);
+  EXPECT_FALSE(std::filesystem::exists(t.path));
+}
+
 TEST(reformer_checkpoints, each_wrong_name_is_reported_and_nothing_is_loaded) {
   temporary t;
   const auto a = make_reformer<double>(small(), {1});
@@ -232,6 +278,7 @@ TEST(reformer_checkpoints, configurations_are_read_with_the_published_defaults) 
   refused(R"({"num_buckets": [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]})", "key 'num_buckets': expected at most 16 factors, found 17");
   EXPECT_EQ(read_reformer_config(nlohmann::json::parse(R"({"attn_layers": null})")).model.layers.size(), 6U);
   refused("[]", "expected a JSON object, found a JSON array");
+  refused(R"({"model_type": "bert"})", "key 'model_type': expected one of reformer, found 'bert'");
   auto c = small();
   c.position_widths = {2, 5};
   EXPECT_THROW((void)make_reformer<double>(c, {}), config_error);
