@@ -52,7 +52,8 @@ int run_import(const settings& s, const lithe::context& ctx) {
   require<config_error>(heads > 0, "--import: expected --heads, or a config.json beside the file that says it");
   const auto all = find_attention(from);
   require<io_error>(!all.empty(), s.import, ": expected attention under the names of BERT, DistilBERT, ALBERT or Whisper, found none");
-  const index_t rank = s.rank > 0 ? s.rank : from.info(all.front().query + ".weight").rows() / 2;
+  const index_t rank =
+      s.rank > 0 ? s.rank : from.info(published_tensors(from).stored(all.front().query + ".weight")).rows() / 2;
   std::printf("%zu attention layers of %td heads, %td shared dimensions\n", all.size(), heads, rank);
   reparametrise_checkpoint(from, s.output, heads, with_progress(rank), ctx, [&](const attention_names& n, const decomposition& d) {
     end_progress();
