@@ -18,7 +18,8 @@ struct any_visitor {
   template <class T>
   void operator()(const std::string&, T&&) const {}
 };
-/// An optimiser, a schedule: t.visit_state(f) calls f(name, x) for all its tensors, numbers and nested states, members that live on.
+/// An optimiser, a schedule: t.visit_state(f) calls f(name, x) for all its tensors, numbers and nested states, members that live on. The f of a
+/// `state_reader` also answers f.contains(name), and runs f.then(action) when it loads: what a state holds may depend on what the file holds.
 template <class T>
 concept visits_state = requires(T& t) {
   t.visit_state(any_visitor{});
@@ -32,10 +33,8 @@ concept row_table = requires(const T& t, index_t i, std::span<typename T::scalar
   { t.cols() } -> std::convertible_to<index_t>;
 };
 
-template <class F, class T>
-void visit_state_of(const std::string& name, T& t, const F& f) {
-  t.visit_state([&](const std::string& part, auto&& x) { f(name.empty() ? part : name + "." + part, x); });
-}
+/// "state.part", or the part of a state without a name.
+inline std::string part_name(const std::string& state, const std::string& part) { return state.empty() ? part : state + "." + part; }
 
 }  // namespace detail
 
@@ -90,7 +89,7 @@ class state_writer {
       using N = std::conditional_t<std::is_integral_v<T>, std::int64_t, double>;
       file_.add_rows<N>(name, 1, 1, [value = static_cast<N>(t)](index_t, std::span<N> out) { out[0] = value; });
     } else if constexpr (detail::visits_state<T>) {
-      detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { this->add(part, x); });
+      t.visit_state([&](const std::string& part, auto&& x) { this->add(detail::part_name(name, part), x); });
     } else if constexpr (matrix_like<T>) {
       const auto v = view(t);
       using S = typename decltype(v)::scalar;
@@ -183,6 +182,17 @@ class state_reader {
   }
 
  private:
+  struct part_reader {
+    state_reader& reader;
+    const std::string& state;
+    template <class T>
+    void operator()(const std::string& part, T&& x) const {
+      reader.add(detail::part_name(state, part), x);
+    }
+    [[nodiscard]] bool contains(const std::string& part) const { return reader.file_.contains(detail::part_name(state, part)); }
+    void then(std::function<void()> action) const { reader.writes_.emplace_back(std::move(action)); }
+  };
+
   template <class T>
   void add(const std::string& name, T& t) {
     static_assert(!std::is_const_v<T>, "lithe: what is loaded must not be const.");
@@ -194,7 +204,7 @@ class state_reader {
                         detail::quoted(name), ": expected a number that fits into ", sizeof(T), " bytes, found ", value);
       writes_.emplace_back([&t, value] { t = static_cast<T>(value); });
     } else if constexpr (detail::visits_state<T>) {
-      detail::visit_state_of(name, t, [this](const std::string& part, auto& x) { this->add(part, x); });
+      t.visit_state(part_reader{*this, name});
     } else if constexpr (matrix_like<T>) {
       const auto v = view(t);
       expect<typename decltype(v)::scalar>(name, v.rows(), v.cols());

@@ -1,39 +1,15 @@
 #pragma once
 
-#include <optional>
-
+#include "lithe/training/parameter_groups.hpp"
 #include "lithe/training/update_rules.hpp"
 
 namespace lithe::inline LITHE_ABI {
-
-/// How a tensor moves. With learning rate r, gradient g, step s = 1, 2, ... (which counts all steps) and decay λ:
-///
-///     sgd              p -= r (g + λ p)
-///     adam             p -= r λ p, m = β₁ m + (1 - β₁) g, v = β₂ v + (1 - β₂) g², p -= r (m / (1 - β₁ˢ)) / (√(v / (1 - β₂ˢ)) + ε)
-///                      (AdamW, Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)
-///     lazy_adam        the same; of a row-sparse gradient only the touched rows move, their moments too
-///     rowwise_adagrad  one sum for a row: a += mean(g²), p -= r g / (√a + ε)
-///
-/// Of a row-sparse gradient `sgd`, `lazy_adam` and `rowwise_adagrad` move the touched rows alone and without decay; `adam` moves every
-/// row of the table, touched or not: the rule to compare with, not to train with. Decay never applies to rowwise_adagrad.
-enum class update_rule { sgd, adam, lazy_adam, rowwise_adagrad };
-
-/// Settings of the parameters whose name fits `pattern`: * stands for any text, ? for any letter ("*.values", "*bias"), a "!" in
-/// front for all names that do not fit. The first group that fits counts.
-struct parameter_group {
-  std::string pattern;
-  double rate = 1;                       ///< multiplies the learning rate; may be set anew before each step
-  std::optional<double> own_rate{};      ///< instead of the learning rate given to `step`
-  std::optional<double> weight_decay{};  ///< instead of optimiser_config::weight_decay
-  std::optional<update_rule> rule{};     ///< instead of `dense` or `sparse`
-  bool frozen = false;                   ///< never moves, holds no moments
-};
 
 struct optimiser_config {
   update_rule dense = update_rule::adam;        ///< for dense gradients
   update_rule sparse = update_rule::lazy_adam;  ///< for row-sparse gradients: value tables, embeddings
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-  double weight_decay = 0;
+  double weight_decay = 0;  ///< under sgd and adam, of what moves as a whole; a table's touched rows decay only by a group's own setting
   std::vector<parameter_group> groups{};
 };
 
@@ -43,12 +19,12 @@ struct optimiser_config {
 ///     for (;;) {
 ///       set_zero(model, g);
 ///       ... model.backward(..., g, ctx) once or several times ...
-///       clip_by_global_norm(model, g, 1.0, ctx);
+///       clip_by_global_norm(model, g, 1.0, ctx, adam.config.groups);
 ///       adam.step(model, g, schedule(adam.steps()), ctx);
 ///     }
 ///
-/// The settings in `config` may be changed between steps, except for the rule of a tensor that has moved. The run's own state
-/// is the number of steps and the moments, kept for each tensor under its name; what several layers share has one.
+/// The settings in `config` may be changed between steps, except for the rule of a tensor that has moved. The run's own state is the number of
+/// steps, and for each tensor that ever moved the moments and the steps in which it stood still, under its name; what several layers share has one.
 template <std::floating_point S>
 class optimiser {
  public:
@@ -73,8 +49,11 @@ class optimiser {
     detail::for_each_parameter(
         [&](const std::string& name, auto& p, const auto& q) {
           const settings s = settings_of<decltype(q)>(name);
-          const moments& state = moments_[at++];
-          if (!s.frozen) update(p, q, s, state, s.own_rate.value_or(learning_rate) * s.rate, ctx);
+          moments& state = moments_[at++];
+          if (s.moves)
+            update(p, q, s, state, s.own_rate.value_or(learning_rate) * s.rate, ctx);
+          else
+            ++state.skipped;
         },
         model, gradient);
     after_step(model, gradient);
@@ -94,17 +73,13 @@ class optimiser {
                                at, " is ", at < moments_.size() ? moments_[at].name : "none", ", got ", name);
           moments& state = moments_[at++];
           const settings s = settings_of<decltype(q)>(name);
-          if (s.frozen) return;
-          if (!state.rule) {
+          if (!state.made) {
             state.rule = s.rule;
-            const bool adam = s.rule == update_rule::adam || s.rule == update_rule::lazy_adam;
-            if (adam) state.first = {p.rows(), p.cols()};
-            if (adam) state.second = {p.rows(), p.cols()};
-            if (s.rule == update_rule::rowwise_adagrad) state.second = {p.rows(), 1};
+            state.rows = p.rows();
+            state.cols = p.cols();
+            if (s.moves) state.make(steps_);
           }
-          const matrix_view<S> second = state.second.view();
-          const index_t cols = s.rule == update_rule::rowwise_adagrad ? 1 : p.cols();
-          require<state_error>(state.rule == s.rule && (second.size() == 0 || (second.rows() == p.rows() && second.cols() == cols)),
+          require<state_error>(!s.moves || (state.rule == s.rule && state.rows == p.rows() && state.cols == p.cols()),
                                "optimiser: rule or shape of ", name, " changed since its moments were made");
         },
         model, gradient);
@@ -117,30 +92,65 @@ class optimiser {
   /// The number of steps taken.
   [[nodiscard]] std::int64_t steps() const { return steps_; }
 
-  /// f(name, x) for all that resuming needs: "steps", a number, and the moments, each a `matrix_view<S>` to read or to write. A run
-  /// that is resumed from them goes on with the same bits.
+  /// f(name, x) for all that resuming needs: "steps", a number, and of each tensor that has moved the moments, each a `matrix_view<S>` to read or to
+  /// write, and "skipped_steps.", a number, if it stood still in some. A run that is resumed from them goes on with the same bits.
+  ///
+  /// A visitor that loads has two members more: f.contains(name) says what there is, because tensors may be frozen now that moved then, or the other
+  /// way round; f.then(action) puts off what must wait until all is known to fit.
   template <class F>
   void visit_state(F&& f) {
     f(std::string("steps"), steps_);
-    for (const moments& state : moments_) {
+    for (moments& state : moments_) {
+      const std::string first_name = "first_moment." + state.name, second_name = "second_moment." + state.name;
+      const std::string skipped_name = "skipped_steps." + state.name;
+      bool skipped = state.skipped != 0;
+      if constexpr (requires { f.contains(state.name); }) {
+        skipped = f.contains(skipped_name);
+        if (f.contains(first_name) || f.contains(second_name)) {
+          if (!state.made) state.make(0);
+          if (!skipped) f.then([&state] { state.skipped = 0; });
+        } else {
+          f.then([&state] { state.forget(); });
+          continue;
+        }
+      }
       auto first = state.first.view(), second = state.second.view();
-      if (first.size() != 0) f("first_moment." + state.name, first);
-      if (second.size() != 0) f("second_moment." + state.name, second);
+      if (first.size() != 0) f(first_name, first);
+      if (second.size() != 0) f(second_name, second);
+      if (first.size() != 0 && skipped) f(skipped_name, state.skipped);
     }
   }
 
  private:
+  /// What is kept of a tensor: nothing before it moves.
   struct moments {
     std::string name;
-    std::optional<update_rule> rule{};  // none before it moves
+    bool made = false;
+    update_rule rule{};  // this and the shape: of the moments, or that they would have
+    index_t rows = 0, cols = 0;
+    std::int64_t skipped = 0;  // steps of the run in which it stood still; so a run's own number of steps alone says most of it
     detail::zeroed_matrix<S> first{}, second{};
+
+    void make(std::int64_t steps_before) {
+      made = true;
+      skipped = steps_before;
+      if (rule == update_rule::sgd) return;
+      const bool by_row = rule == update_rule::rowwise_adagrad;
+      if (!by_row) first = {rows, cols};
+      second = {rows, by_row ? 1 : cols};
+    }
+    void forget() {
+      made = false;
+      first = {};
+      second = {};
+    }
   };
   struct settings {
     double rate;
     std::optional<double> own_rate;
     double weight_decay;
     update_rule rule;
-    bool frozen;
+    bool moves;
   };
 
   void check() const {
@@ -169,37 +179,39 @@ class optimiser {
   }
   template <class Q>
   settings settings_of(const std::string& name) {
-    settings s{1, {}, config.weight_decay, sparse_gradient<Q> ? config.sparse : config.dense, false};
-    for (std::size_t i = 0; i < config.groups.size(); ++i) {
-      const parameter_group& g = config.groups[i];
-      if (!detail::matches(g.pattern, name)) continue;
-      matched_[i] = 1;
-      return {g.rate, g.own_rate, g.weight_decay.value_or(s.weight_decay), g.rule.value_or(s.rule), g.frozen};
-    }
-    return s;
+    const parameter_group* const g = group_of(config.groups, name);
+    if (g != nullptr) matched_[static_cast<std::size_t>(g - config.groups.data())] = 1;
+    constexpr bool sparse = sparse_gradient<Q>;
+    const update_rule usual = sparse ? config.sparse : config.dense, rule = g != nullptr ? g->rule.value_or(usual) : usual;
+    const bool by_row = rule == update_rule::rowwise_adagrad || (sparse && rule != update_rule::adam);
+    const double decay = by_row ? 0 : config.weight_decay;
+    if (g == nullptr) return {1, {}, decay, rule, true};
+    return {g->rate, g->own_rate, g->weight_decay.value_or(decay), rule, g->moves()};
   }
 
   /// Calls `move` with the arithmetic of a rule.
   template <class F>
-  void with_rule(update_rule rule, double rate, double decay, F&& move) const {
-    if (rule == update_rule::sgd)
-      move(detail::sgd_update<S>(rate, decay));
-    else if (rule == update_rule::rowwise_adagrad)
-      move(detail::rowwise_adagrad_update<S>(rate, config.epsilon));
+  void with_rule(const settings& s, const moments& state, double rate, F&& move) const {
+    if (s.rule == update_rule::sgd)
+      move(detail::sgd_update<S>(rate, s.weight_decay));
+    else if (s.rule == update_rule::rowwise_adagrad)
+      move(detail::rowwise_adagrad_update<S>(rate, s.weight_decay, config.epsilon));
     else
-      move(detail::adam_update<S>(config.beta1, config.beta2, config.epsilon, rate, decay, static_cast<double>(steps_)));
+      move(detail::adam_update<S>(config.beta1, config.beta2, config.epsilon, rate, s.weight_decay, static_cast<double>(steps_ - state.skipped)));
   }
 
   template <class P, class Q>
   void update(P& p, const Q& q, const settings& s, const moments& state, double rate, const context& ctx) const {
     if constexpr (sparse_gradient<const Q>) {
       const auto& g = rows_of(q);
-      if (s.rule == update_rule::adam)
-        with_rule(s.rule, rate, s.weight_decay, [&](const auto& rule) { update_all_rows(p, g, rule, state, ctx); });
-      else
-        with_rule(s.rule, rate, 0, [&](const auto& rule) { update_touched_rows(p, g, rule, state, ctx); });
+      with_rule(s, state, rate, [&](const auto& rule) {
+        if (s.rule == update_rule::adam)
+          update_all_rows(p, g, rule, state, ctx);
+        else
+          update_touched_rows(p, g, rule, state, ctx);
+      });
     } else {
-      with_rule(s.rule, rate, s.weight_decay, [&](const auto& rule) {
+      with_rule(s, state, rate, [&](const auto& rule) {
         if (s.rule == update_rule::rowwise_adagrad) {
           ctx.exec->run(p.rows(), rows_in_piece(p.cols()), [&](index_t first, index_t last) {
             for (index_t i = first; i < last; ++i) rule(p.data() + i * p.cols(), q.data() + i * p.cols(), nullptr, state.second.row(i), p.cols());

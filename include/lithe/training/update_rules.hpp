@@ -98,16 +98,17 @@ struct adam_update {
   }
 };
 
-/// AdaGrad with one sum for a whole row, v[0] += mean(g²), p -= rate g / (√v[0] + epsilon).
+/// AdaGrad with one sum for a whole row, p -= rate decay p, v[0] += mean(g²), p -= rate g / (√v[0] + epsilon).
 template <class S>
 struct rowwise_adagrad_update {
-  S rate, epsilon;
+  S rate, epsilon, keep;
 
-  rowwise_adagrad_update(double learning_rate, double eps) : rate(static_cast<S>(learning_rate)), epsilon(static_cast<S>(eps)) {}
+  rowwise_adagrad_update(double learning_rate, double decay, double eps)
+      : rate(static_cast<S>(learning_rate)), epsilon(static_cast<S>(eps)), keep(static_cast<S>(1 - learning_rate * decay)) {}
   void operator()(S* p, const S* g, S*, S* v, index_t n) const {
     v[0] += static_cast<S>(sum_of_squares(g, n) / static_cast<double>(n));
     const S step = rate / (std::sqrt(v[0]) + epsilon);
-    run_of(p, n) -= step * run_of(g, n);
+    run_of(p, n) = keep * run_of(p, n) - step * run_of(g, n);
   }
 };
 
