@@ -14,8 +14,10 @@ void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* v
   using namespace detail::tile;
   using P = packet<S>;
   constexpr S infinity = std::numeric_limits<S>::infinity();
+  constexpr index_t longest = detail::longest_sum;
   const index_t M = q.rows(), W = q.cols(), N = visible[M - 1], stride = round_up<S>(N);
-  scratch<S> scores(ctx, M, stride), inverse(ctx, M);
+  scratch<S> scores(ctx, M, stride), inverse(ctx, M), ones(ctx, M);
+  ones.map().setOnes();
   for (index_t j = 0; j < N; ++j) {
     const S* key = k + j * W;
     for (index_t i = 0; i < M; ++i) {
@@ -27,23 +29,32 @@ void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* v
   for (index_t i = 0; i < M; ++i) {
     S* s = scores.row(i);
     std::fill(s + visible[i], s + stride, -infinity);
-    P most = pset1<P>(-infinity), total = pset1<P>(S(0));
+    P most = pset1<P>(-infinity);
     for (index_t j = 0; j < stride; j += lanes<S>) most = Eigen::internal::pmax(most, ploadu<P>(s + j));
     const S maximum = Eigen::internal::predux_max(most);
     const P shift = pset1<P>(maximum == -infinity ? S(0) : maximum);
-    for (index_t j = 0; j < stride; j += lanes<S>) {
-      const P p = exp_or_zero<S>(Eigen::internal::psub(ploadu<P>(s + j), shift));
-      pstoreu(s + j, p);
-      total = Eigen::internal::padd(total, p);
+    S sum = 0;
+    for (index_t j = 0; j < stride;) {
+      P total = pset1<P>(S(0));
+      for (const index_t end = std::min(stride, j + longest * lanes<S>); j < end; j += lanes<S>) {
+        const P p = exp_or_zero<S>(Eigen::internal::psub(ploadu<P>(s + j), shift));
+        pstoreu(s + j, p);
+        total = Eigen::internal::padd(total, p);
+      }
+      sum += Eigen::internal::predux(total);
     }
-    const S sum = Eigen::internal::predux(total);
     inverse[i] = sum == 0 ? S(0) : 1 / sum;
   }
   const index_t shared = visible[0];  // by all queries
-  const S one = 1;
-  product<S>(M, W, shared, by_rows<S>{scores.data(), stride}, v, W, o.data(), o.stride());
+  // o of m queries from i on = Σ p v over keys from `first` up to `last`, added to what it is unless `first` is 0
+  const auto sum_values = [&](index_t i, index_t m, index_t first, index_t last) {
+    for (index_t j = first; j == 0 || j < last; j += longest)
+      product<S>(m, W, std::min(longest, last - j), by_rows<S>{scores.row(i) + j, stride}, v + j * W, W, o.row(i), o.stride(),
+                 j == 0 ? nullptr : ones.data());
+  };
+  sum_values(0, M, 0, shared);
   for (index_t i = 1; i < M; ++i)
-    if (visible[i] > shared) product<S>(1, W, visible[i] - shared, by_rows<S>{scores.row(i) + shared, stride}, v + shared * W, W, o.row(i), o.stride(), &one);
+    if (visible[i] > shared) sum_values(i, 1, shared, visible[i]);
   for (index_t i = 0; i < M; ++i)
     for (index_t d = 0; d < W; ++d) o(i, d) *= inverse[i];
 }

@@ -40,7 +40,7 @@ void causal_conv(matrix_view<const S> x, matrix_view<const S> w, matrix_view<S> 
 template <class S>
 void causal_conv_backward(matrix_view<const S> x, matrix_view<const S> w, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dw,
                           const context& ctx) {
-  constexpr index_t columns = 64, block = 128;  // sums run over blocks of rows, so that a float sum over 64K rows stays close to the double one
+  constexpr index_t columns = 64, block = 128;  // sums run over blocks of rows and these in double, so that a float sum over a million stays close
   const index_t W = w.rows(), D = x.cols();
   ctx.exec->run(x.rows(), detail::grain_rows(W * D), [&](index_t first, index_t last) {
     detail::each_row_of_segment(first, last, x.rows(), ctx.rows, [&](index_t s, index_t, index_t end) {
@@ -51,6 +51,8 @@ void causal_conv_backward(matrix_view<const S> x, matrix_view<const S> w, matrix
   });
   ctx.exec->run(D, columns, [&](index_t from, index_t to) {
     const scratch<S> sums(ctx, W, to - from);
+    const scratch<double> total(ctx, W, to - from);
+    total.map().setZero();
     const auto part = [&](auto m) { return m.slice_cols(from, to - from); };
     for (index_t first = 0; first < x.rows(); first += block) {
       sums.map().setZero();
@@ -58,8 +60,9 @@ void causal_conv_backward(matrix_view<const S> x, matrix_view<const S> w, matrix
         for (index_t s = std::max(begin, t - W + 1); s <= t; ++s)
           if (ctx.valid(s)) sums.view().row_array(W - 1 - (t - s)) += part(dy).row_array(t) * part(x).row_array(s);
       });
-      part(dw).map() += sums.map();
+      total.map() += sums.map().template cast<double>();
     }
+    part(dw).map() += total.map().template cast<S>();
   });
 }
 

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "lithe/kernels/prefetch.hpp"
+#include "lithe/kernels/sums.hpp"
 #include "lithe/tensor/row_gradient.hpp"
 
 // Sums and dot products over rows that lie anywhere in a big table, on Eigen's packets. Reading 1 KiB of many rows instead of whole
@@ -44,48 +45,60 @@ void sum_packets(const S* table, index_t stride, const slot_t* index, const S* w
   constexpr index_t lanes = packet_traits<S>::size, distance = 8;
   // With few registers the sums live in the first-level cache, and taking four rows at once saves their loads and stores.
   constexpr int R = V <= EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS / 2 ? 1 : 4;
-  packet sum[V];
+  index_t j = 0;
+  do {
+    packet sum[V];
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) sum[v] = init != nullptr ? ploadu<packet>(init + v * lanes) : pset1<packet>(S(0));
-  for (index_t j = 0; j < count;) {
-    const S* row[R];
-    packet w[R];
-    int r = 0;
-    for (; j < count && r < R; ++j) {
-      if (j + distance < ahead) prefetch<V * lanes * static_cast<index_t>(sizeof(S))>(table + std::max<index_t>(0, index[j + distance]) * stride);
-      if (index[j] < 0) continue;
-      row[r] = table + index[j] * stride;
-      w[r++] = pset1<packet>(weight[j]);
-    }
-    if (r == R) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        packet s = sum[v];
-#pragma GCC unroll 4
-        for (int q = 0; q < R; ++q) s = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), s);
-        sum[v] = s;
+    for (int v = 0; v < V; ++v) sum[v] = pset1<packet>(S(0));
+    for (const index_t end = std::min(count, j + longest_sum); j < end;) {
+      const S* row[R];
+      packet w[R];
+      int r = 0;
+      for (; j < end && r < R; ++j) {
+        if (j + distance < ahead) prefetch<V * lanes * static_cast<index_t>(sizeof(S))>(table + std::max<index_t>(0, index[j + distance]) * stride);
+        if (index[j] < 0) continue;
+        row[r] = table + index[j] * stride;
+        w[r++] = pset1<packet>(weight[j]);
       }
-    } else {
-      for (int q = 0; q < r; ++q)
-        for (int v = 0; v < V; ++v) sum[v] = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), sum[v]);
-    }
-  }
+      if (r == R) {
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v)
-    if (stream)
-      stream_packet(out + v * lanes, sum[v]);
-    else
-      pstoreu(out + v * lanes, sum[v]);
+        for (int v = 0; v < V; ++v) {
+          packet s = sum[v];
+#pragma GCC unroll 4
+          for (int q = 0; q < R; ++q) s = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), s);
+          sum[v] = s;
+        }
+      } else {
+        for (int q = 0; q < r; ++q)
+          for (int v = 0; v < V; ++v) sum[v] = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), sum[v]);
+      }
+    }
+    if (init != nullptr) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sum[v] = padd(ploadu<packet>(init + v * lanes), sum[v]);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v)
+      if (stream && j == count)
+        stream_packet(out + v * lanes, sum[v]);
+      else
+        pstoreu(out + v * lanes, sum[v]);
+    init = out;
+  } while (j < count);
 }
 
 /// The same for fewer columns than a packet has.
 template <class S>
 void sum_tail(const S* table, index_t stride, index_t width, const slot_t* index, const S* weight, index_t count, const S* init, S* out) {
   for (index_t c = 0; c < width; ++c) {
-    S sum = init != nullptr ? init[c] : S(0);
-    for (index_t j = 0; j < count; ++j)
-      if (index[j] >= 0) sum += weight[j] * table[index[j] * stride + c];
-    out[c] = sum;
+    S total = init != nullptr ? init[c] : S(0);
+    for (index_t j = 0; j < count;) {
+      S sum = 0;
+      for (const index_t end = std::min(count, j + longest_sum); j < end; ++j)
+        if (index[j] >= 0) sum += weight[j] * table[index[j] * stride + c];
+      total += sum;
+    }
+    out[c] = total;
   }
 }
 
@@ -115,27 +128,34 @@ void dot_packets(const S* const* row, const S* const* next, const S* x, index_t 
   using namespace Eigen::internal;
   using packet = typename packet_traits<S>::type;
   constexpr index_t lanes = packet_traits<S>::size, step = 2 * lanes, bytes = step * static_cast<index_t>(sizeof(S));
-  packet even[R], odd[R];
+  const index_t whole = n - n % step;
+  S total[R] = {};
+  for (index_t c = 0; c < whole;) {
+    packet even[R], odd[R];
 #pragma GCC unroll 4
-  for (int q = 0; q < R; ++q) even[q] = odd[q] = pset1<packet>(S(0));
-  index_t c = 0;
-  for (; c + step <= n; c += step) {
-    const packet a = ploadu<packet>(x + c), b = ploadu<packet>(x + c + lanes);
+    for (int q = 0; q < R; ++q) even[q] = odd[q] = pset1<packet>(S(0));
+    for (const index_t end = std::min(whole, c + longest_sum * step); c < end; c += step) {
+      const packet a = ploadu<packet>(x + c), b = ploadu<packet>(x + c + lanes);
+#pragma GCC unroll 4
+      for (int q = 0; q < R; ++q) {
+        prefetch<bytes>(next[q] + c);
+        even[q] = pmadd(a, ploadu<packet>(row[q] + c), even[q]);
+        odd[q] = pmadd(b, ploadu<packet>(row[q] + c + lanes), odd[q]);
+      }
+    }
 #pragma GCC unroll 4
     for (int q = 0; q < R; ++q) {
-      prefetch<bytes>(next[q] + c);
-      even[q] = pmadd(a, ploadu<packet>(row[q] + c), even[q]);
-      odd[q] = pmadd(b, ploadu<packet>(row[q] + c + lanes), odd[q]);
+      S sum[lanes];  // not predux: GCC 12 warns about it for doubles of AVX-512, in its own header
+      pstoreu(sum, padd(even[q], odd[q]));
+      for (index_t half = lanes / 2; half > 0; half /= 2)
+        for (index_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+      total[q] += sum[0];
     }
   }
 #pragma GCC unroll 4
   for (int q = 0; q < R; ++q) {
-    S sum[lanes];  // not predux: GCC 12 warns about it for doubles of AVX-512, in its own header
-    pstoreu(sum, padd(even[q], odd[q]));
-    for (index_t half = lanes / 2; half > 0; half /= 2)
-      for (index_t i = 0; i < half; ++i) sum[i] += sum[i + half];
-    for (index_t i = c; i < n; ++i) sum[0] += x[i] * row[q][i];
-    out[q] = sum[0];
+    for (index_t i = whole; i < n; ++i) total[q] += x[i] * row[q][i];
+    out[q] = total[q];
   }
 }
 

@@ -35,6 +35,7 @@ struct product {
 inline constexpr index_t few_rows = 8;         // of c: from here on a transposed b is worth packing
 inline constexpr index_t shallow_rows = 16;    // of c: up to here rows of b are read in place, few at a time
 inline constexpr index_t shallow_depth = 16;   // that many
+// Each pass closes its sums, so none is much longer than longest_sum.
 inline constexpr index_t panel_depth = 1024;   // of one pass: a panel of 64 columns then fills a quarter of a 1 MiB cache
 inline constexpr index_t block_depth = 512;    // of one pass when all panels of a piece are packed at once
 inline constexpr index_t least_depth = 128;    // of one pass through narrow rows of b in place: below it c is read and written too often
@@ -56,6 +57,26 @@ const S* panel_after(const product<S>& p, index_t j, index_t k0, index_t first_c
   return j + shape::width < p.cols ? part(j + shape::width, 0) : part(j, k0);
 }
 
+template <class S>
+void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx);
+
+/// One piece of a product with few rows, which visits c every few terms: sums that are long enough are closed apart from c.
+template <class S>
+void multiply_long(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx) {
+  const scratch<S> part(ctx, rows, cols);
+  start<S> begin = p.begin.at(first_row, first_col);
+  S* const c = p.c + first_row * p.c_stride + first_col;
+  for (index_t k0 = 0; k0 < p.depth; k0 += longest_sum, begin = {c, p.c_stride}) {
+    const S* const a = p.a + first_row * p.a_row + k0 * p.a_k;
+    multiply_piece<S>({rows, cols, std::min(longest_sum, p.depth - k0), a, p.a_row, p.a_k, p.b + k0 * p.b_stride + first_col, p.b_stride,
+                       p.b_storage, part.data(), cols, {}},
+                      0, rows, 0, cols, ctx);
+    for (index_t i = 0; i < rows; ++i)
+      for (index_t j = 0; j < cols; ++j)
+        c[i * p.c_stride + j] = (begin.from != nullptr ? begin.from[i * begin.row + j] : S(0)) + part.row(i)[j];
+  }
+}
+
 /// One piece of a product, on one worker: its columns panel by panel, each packed where it must be.
 template <class S>
 void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx) {
@@ -66,14 +87,20 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
   if (p.b_storage == storage::panels && p.rows == 1) {
     const auto whole_panels = [&]<int P>(std::integral_constant<int, P>) {
       for (constexpr index_t step = P * shape::width; cols >= step; first_col += step, cols -= step)
-        multiply_row<P>(p.depth, p.a, p.b + first_col * p.depth, p.c + first_col, p.begin.at(0, first_col));
+        for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += panel_depth) {
+          const start<S> begin = k0 != 0 ? start<S>{p.c, 0} : p.begin;
+          multiply_row<P>(std::min(p.depth - k0, panel_depth), p.a + k0, p.b + first_col * p.depth + k0 * shape::width, p.depth * shape::width,
+                          p.c + first_col, begin.at(0, first_col));
+        }
     };
     whole_panels(std::integral_constant<int, 4>{});
     whole_panels(std::integral_constant<int, 2>{});
   }
   const bool by_rows = p.b_storage == storage::rows, shallow = by_rows && p.rows <= shallow_rows;
+  if (shallow && p.depth > longest_sum) return multiply_long(p, first_row, rows, first_col, cols, ctx);
   const bool in_place = shallow || (by_rows && p.b_stride * std::min(p.depth, least_depth) <= cached_size);
-  const index_t limit = shallow ? shallow_depth : in_place ? cached_size / std::max<index_t>(1, p.b_stride) : by_rows ? block_depth : panel_depth;
+  const index_t narrow = std::min(block_depth, cached_size / std::max<index_t>(1, p.b_stride));
+  const index_t limit = shallow ? shallow_depth : in_place ? narrow : by_rows ? block_depth : panel_depth;
   const index_t longest = std::max<index_t>(1, std::min(p.depth, limit));
   const index_t packed_cols = p.b_storage == storage::panels ? 0 : !by_rows || in_place ? shape::width : round_up<S>(cols);
   const scratch<S> panel(ctx, longest * packed_cols);
@@ -132,7 +159,7 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
   }
 }
 
-/// What a product of this mode starts from; `row` is added to every row of c.
+/// What a product of this mode is added to; `row` is added to every row of c.
 template <class S>
 start<S> start_of(matrix_view<S> c, update mode, const S* row) {
   LITHE_ASSERT(mode == update::assign || row == nullptr);

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "lithe/kernels/prefetch.hpp"
+#include "lithe/kernels/sums.hpp"
 
 // The register tile under every matrix product but those inside attention (attention_tile.hpp), on Eigen's packets: one source for every
 // instruction set Eigen knows, with fused multiply-adds wherever the machine has them. There is no intrinsic in it, so there is no second path
@@ -27,8 +28,8 @@ struct tile_shape {
   static constexpr index_t width = vectors * lanes;  // 64 floats with AVX-512, 16 with AVX2
 };
 
-/// What the elements of a product start from: row i, column j at `from[i * row + j]`, or zero. c itself, when the product is added to it; with
-/// row = 0 one row for all.
+/// What a product is added to: row i, column j at `from[i * row + j]`, or zero. c itself, when the product is added to it; with row = 0 one row
+/// for all.
 template <class S>
 struct start {
   const S* from = nullptr;
@@ -45,7 +46,7 @@ struct read_ahead {
 };
 
 /// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
-/// b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k, whatever R and V are.
+/// b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k from zero, then added to begin, whatever R and V are.
 template <class S, int R, int V>
 void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, start<S> begin,
                    read_ahead next) {
@@ -60,7 +61,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[i][v] = begin.from != nullptr ? ploadu<packet>(begin.from + i * begin.row + v * lanes) : pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[i][v] = pset1<packet>(S(0));
   constexpr index_t row_bytes = V * static_cast<index_t>(sizeof(packet));
   for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
     if (next.row) {
@@ -79,6 +80,12 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[i][v] = pmadd(x, row[v], sum[i][v]);
     }
+  }
+  if (begin.from != nullptr) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[i][v] = padd(ploadu<packet>(begin.from + i * begin.row + v * lanes), sum[i][v]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -141,10 +148,10 @@ void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_
   }
 }
 
-/// c = begin + Σ_k a[k] b(k, :) for one row of a and P whole panels that lie one after the other, [depth x width] each: as many streams keep more
+/// c = begin + Σ_k a[k] b(k, :) for one row of a and P whole panels, [depth x width] of each, `panel` numbers apart: as many streams keep more
 /// of the memory's requests in flight. The bits are those of multiply_tile.
 template <int P, class S>
-void multiply_row(index_t depth, const S* a, const S* b, S* c, start<S> begin) {
+void multiply_row(index_t depth, const S* a, const S* b, index_t panel, S* c, start<S> begin) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes, width = tile_shape<S>::width;
@@ -153,18 +160,20 @@ void multiply_row(index_t depth, const S* a, const S* b, S* c, start<S> begin) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[p][v] = begin.from != nullptr ? ploadu<packet>(begin.from + p * width + v * lanes) : pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[p][v] = pset1<packet>(S(0));
   for (index_t k = 0; k < depth; ++k, b += width) {
     const packet x = pset1<packet>(a[k]);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[p][v] = pmadd(x, ploadu<packet>(b + p * depth * width + v * lanes), sum[p][v]);
+      for (int v = 0; v < V; ++v) sum[p][v] = pmadd(x, ploadu<packet>(b + p * panel + v * lanes), sum[p][v]);
   }
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) pstoreu(c + p * width + v * lanes, sum[p][v]);
+    for (int v = 0; v < V; ++v)
+      pstoreu(c + p * width + v * lanes,
+              begin.from != nullptr ? padd(ploadu<packet>(begin.from + p * width + v * lanes), sum[p][v]) : sum[p][v]);
 }
 
 /// panel[k * width + j] = w[j * stride + k] for j < cols, zero for the columns up to `width` (a multiple of the packet): a transpose.

@@ -25,34 +25,39 @@ S fold(const typename tile_shape<S>::packet& p) {
 }
 
 /// c[i * c_row + j] = begin + Σ_k a[i * a_row + k] w[j * w_row + k] for R rows of a and N rows of w. The bits of an element
-/// depend on neither R nor N: packets of partial sums, folded, then the terms after the last whole packet.
+/// depend on neither R nor N: packets of partial sums, folded now and then, and the terms after the last whole packet.
 template <class S, int R, int N>
 void dot_tile(index_t depth, const S* a, index_t a_row, const S* w, index_t w_row, S* c, index_t c_row, start<S> begin) {
   using namespace Eigen::internal;
   using packet = typename tile_shape<S>::packet;
   constexpr index_t lanes = tile_shape<S>::lanes;
-  packet sum[R][N];
+  const index_t whole = depth - depth % lanes;
+  S total[R][N] = {};
+  for (index_t k = 0; k < whole;) {
+    packet sum[R][N];
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) sum[i][j] = pset1<packet>(S(0));
-  index_t k = 0;
-  for (; k + lanes <= depth; k += lanes) {
-    packet x[R];
+      for (int j = 0; j < N; ++j) sum[i][j] = pset1<packet>(S(0));
+    for (const index_t end = std::min(whole, k + longest_sum * lanes); k < end; k += lanes) {
+      packet x[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) x[i] = ploadu<packet>(a + i * a_row + k);
+      for (int i = 0; i < R; ++i) x[i] = ploadu<packet>(a + i * a_row + k);
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) {
-      const packet y = ploadu<packet>(w + j * w_row + k);
+      for (int j = 0; j < N; ++j) {
+        const packet y = ploadu<packet>(w + j * w_row + k);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sum[i][j] = pmadd(x[i], y, sum[i][j]);
+        for (int i = 0; i < R; ++i) sum[i][j] = pmadd(x[i], y, sum[i][j]);
+      }
     }
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < N; ++j) total[i][j] += fold<S>(sum[i][j]);
   }
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < N; ++j) {
-      S total = fold<S>(sum[i][j]);
-      for (index_t t = k; t < depth; ++t) total += a[i * a_row + t] * w[j * w_row + t];
-      c[i * c_row + j] = begin.from != nullptr ? begin.from[i * begin.row + j] + total : total;
+      S all = total[i][j];
+      for (index_t t = whole; t < depth; ++t) all += a[i * a_row + t] * w[j * w_row + t];
+      c[i * c_row + j] = begin.from != nullptr ? begin.from[i * begin.row + j] + all : all;
     }
 }
 

@@ -20,9 +20,11 @@ void sum_over_rows(index_t rows, matrix_view<S> total, const context& ctx, const
     add(first, last, piece);
   });
   ctx.exec->run(total.cols(), 256, [&](index_t first, index_t last) {
-    const matrix_view<S> out = total.slice_cols(first, last - first), parts = sums.view().slice_cols(first, last - first);
-    out.map().setZero();
-    for (index_t piece = 0; piece < pieces; ++piece) out.map() += parts.slice_rows(k * piece, k).map();
+    const scratch<double> all(ctx, k, last - first);  // a million rows are thousands of pieces
+    all.map().setZero();
+    for (index_t piece = 0; piece < pieces; ++piece)
+      all.map() += sums.view().slice_cols(first, last - first).slice_rows(k * piece, k).map().template cast<double>();
+    total.slice_cols(first, last - first).map() = all.map().template cast<S>();
   });
 }
 

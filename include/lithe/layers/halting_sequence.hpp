@@ -82,11 +82,11 @@ struct sequence_halting {
     for (index_t b = 0; b < mean.rows(); ++b) {
       const index_t n = real_rows(x.rows(), b, ctx);
       require<shape_error>(n > 0, "sequence_halting: expected at least one row that is no padding in sequence ", b, ", got none");
-      auto sum = mean.row_array(b);
-      sum.setZero();
+      const scratch<double> sum(ctx, 1, x.cols());
+      sum.map().setZero();
       for (index_t t = ctx.rows.begin(b); t < ctx.rows.end(b, x.rows()); ++t)
-        if (ctx.valid(t)) sum += x.row_array(t);
-      sum /= static_cast<S>(n);
+        if (ctx.valid(t)) sum.view().row_array(0) += x.row_array(t).template cast<double>();
+      mean.row_array(b) = (sum.view().row_array(0) / static_cast<double>(n)).template cast<S>();
     }
   }
 };
