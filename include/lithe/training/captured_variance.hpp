@@ -7,8 +7,9 @@ namespace lithe::inline LITHE_ABI {
 /// How much of a matrix its k largest singular values hold: (σ_1² + ... + σ_k²) / Σ σ², for k = 1 .. n. All 1 for a zero matrix.
 [[nodiscard]] inline std::vector<double> captured_variance(std::span<const double> sigma) {
   std::vector<double> out;
-  double sum = 0;
-  for (const double s : sigma) out.push_back(sum += s * s);
+  double largest = 0, sum = 0;
+  for (const double s : sigma) largest = std::max(largest, s);
+  for (const double s : sigma) out.push_back(sum += largest == 0 ? 0 : s / largest * (s / largest));  // squares of small numbers are 0
   for (double& c : out) c = sum == 0 ? 1 : c / sum;
   return out;
 }
