@@ -105,7 +105,7 @@ template <class S>
   if (kind == exit_confidence::entropy) return 1 - answer_entropy(logits, classes) / std::log(static_cast<double>(classes));
   double sum = 0;
   for (index_t v = 0; v < classes; ++v) sum += std::exp(static_cast<double>(logits[v] - largest));
-  return (kind == exit_confidence::max_prob ? 1 : 1 - std::exp(static_cast<double>(second - largest))) / sum;
+  return (kind == exit_confidence::max_prob ? 1 : -std::expm1(static_cast<double>(second - largest))) / sum;
 }
 
 }  // namespace lithe::inline LITHE_ABI

@@ -17,7 +17,8 @@ namespace lithe::inline LITHE_ABI {
 /// part that needs a memory (cross-attention) the block is a `conditioned_layer`.
 ///
 /// Position-wise parts are computed `chunk` rows at a time (0: all at once), so that no [T x hidden] matrix exists; the values do
-/// not depend on it, except where rows share a loss of their own (balance of experts). Throws shape_error, config_error for batch norm
+/// not depend on it. A loss that a part adds of its own accord is the mean of its chunks' losses, each weighted by its rows; that is the loss of all
+/// rows at once but for products of means (balance of experts), which are of each chunk. Throws shape_error, config_error for batch norm
 /// in training, state_error for the record of another call.
 template <class... F>
 struct reversible {

@@ -88,13 +88,17 @@ template <class L>
 [[nodiscard]] std::size_t count_chunks(index_t rows, index_t chunk) {
   return goes_whole<L>(rows, chunk) ? 1 : static_cast<std::size_t>((rows + chunk - 1) / chunk);
 }
-/// f(first row, rows, number of the chunk, its context)
+/// f(first row, rows, number of the chunk, its context, its share of the call). A layer's own loss is a mean over the rows it is given, so each
+/// chunk's is weighted by the share: the mean of all chunks' losses, whatever their size. Losses that are not linear in the rows (the balance of
+/// experts: a product of two means) are balances within chunks then, as those of micro-batches are.
 template <class L, class F>
 void each_chunk(index_t rows, index_t chunk, const context& ctx, F&& f) {
-  if (goes_whole<L>(rows, chunk)) return f(index_t{0}, rows, std::size_t{0}, ctx);
+  if (goes_whole<L>(rows, chunk)) return f(index_t{0}, rows, std::size_t{0}, ctx, 1.0);
+  const auto all = static_cast<double>(std::max<index_t>(1, ctx.count_valid(0, rows)));
   for (index_t first = 0; first < rows; first += chunk) {
     const index_t n = std::min(chunk, rows - first);
-    f(first, n, static_cast<std::size_t>(first / chunk), ctx.chunk(first, n));
+    const double share = static_cast<double>(ctx.count_valid(first, n)) / all;
+    f(first, n, static_cast<std::size_t>(first / chunk), ctx.chunk(first, n, share), share);
   }
 }
 /// y += f(x). The records, one for each chunk, are left with their choices; none: nothing is kept.
@@ -107,10 +111,11 @@ void add_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, matr
     if (records != nullptr) return l.add_to(x, y, records->front(), ctx);
   }
   const scratch<S> room(ctx, chunks == 1 ? x.rows() : chunk, x.cols());
-  each_chunk<L>(x.rows(), chunk, ctx, [&](index_t first, index_t n, std::size_t i, const context& c) {
+  each_chunk<L>(x.rows(), chunk, ctx, [&](index_t first, index_t n, std::size_t i, const context& c, double share) {
     const matrix_view<S> out = room.view().slice_rows(0, n);
     if (records != nullptr) {
       forward_part(l, x.slice_rows(first, n), m, out, (*records)[i], c);
+      scale_auxiliary((*records)[i], share);
       forget((*records)[i]);
     } else {
       forward_part(l, x.slice_rows(first, n), m, out, c);
@@ -130,7 +135,7 @@ void reverse_part(const L& l, matrix_view<const S> x, const conditioning<S>& m, 
     l.reverse(x, y, records.front(), dy, dx, g, ctx);
   } else {
     const scratch<S> room(ctx, chunks == 1 ? x.rows() : chunk, x.cols());
-    each_chunk<L>(x.rows(), chunk, ctx, [&](index_t first, index_t n, std::size_t i, const context& c) {
+    each_chunk<L>(x.rows(), chunk, ctx, [&](index_t first, index_t n, std::size_t i, const context& c, double) {
       const matrix_view<S> out = room.view().slice_rows(0, n);
       record_of<L> again = records[i];
       forward_part(l, x.slice_rows(first, n), m, out, again, c);

@@ -96,7 +96,7 @@ void multinomial_exits(matrix_view<const S> logits, matrix_view<S> log_q, const 
       const S largest = logits.row_array(t).maxCoeff();
       S sum = 0;  // not Eigen's: its order depends on the address
       for (index_t n = 0; n < logits.cols(); ++n) sum += std::exp(logits(t, n) - largest);
-      log_q.row_array(t) = logits.row_array(t) - (largest + std::log(sum));
+      log_q.row_array(t) = (logits.row_array(t) - largest) - std::log(sum);  // not z - (largest + log Σ): that cancels
     }
   });
 }

@@ -124,6 +124,15 @@ template <class T>
   }
 }
 
+/// Multiplies all auxiliary losses in a record: those of a part of a call by its share, so that their sum is a mean over the call.
+template <class T>
+void scale_auxiliary(T& t, double factor) {
+  if constexpr (detail::is_auxiliary<T>)
+    t.loss *= static_cast<decltype(t.loss)>(factor);
+  else if constexpr (!detail::is_numbers<T> && !std::is_arithmetic_v<T> && !std::is_enum_v<T> && !detail::is_kept<T>)
+    detail::each_field([&](auto& field) { scale_auxiliary(field, factor); }, t);
+}
+
 /// Frees everything that forward can compute again: all but the kept choices and plain numbers (keys).
 template <class T>
 void forget(T& t) {

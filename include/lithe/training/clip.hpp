@@ -22,14 +22,16 @@ double sum_of_squares(const S* g, index_t n, const context& ctx) {
   return sum;
 }
 
-/// f(contiguous numbers, n) for the gradient of every chosen parameter. Throws state_error if no name fits a pattern.
+/// f(contiguous numbers, n) for the gradient of every chosen parameter. Throws state_error if no name fits a pattern, or for a
+/// gradient of another model.
 template <class F, class L, class G>
 void for_each_gradient(const char* who, const parameter_choice& which, F&& f, const L& model, G& gradient) {
   bool any = false;
   for_each_parameter(
-      [&](const std::string& name, const auto&, auto& q) {
+      [&](const std::string& name, const auto& p, auto& q) {
         if (!which(name)) return;
         any = true;
+        check_gradient(who, name, p, q);
         const auto g = numbers_of(q);
         f(g.data(), g.size());
       },

@@ -134,13 +134,14 @@ loss_result cross_entropy_by_chunks(const L& output, matrix_view<const typename 
   const index_t counted = count_targets("chunked_cross_entropy", targets, h.rows(), classes, o);
   const double scale = loss_scale(o.reduce, counted);
   chunk = std::min(chunk, h.rows());
+  const auto all = static_cast<double>(std::max<index_t>(1, ctx.count_valid(0, h.rows())));
   const scratch<S> room(ctx, chunk, classes);
   const scratch<double> losses(ctx, h.rows());
   record_of<L> record;
   for (index_t first = 0; first < h.rows(); first += chunk) {
     const index_t n = std::min(chunk, h.rows() - first);
     const auto at = static_cast<std::size_t>(first), count = static_cast<std::size_t>(n);
-    const context c = ctx.chunk(first, n);
+    const context c = ctx.chunk(first, n, static_cast<double>(ctx.count_valid(first, n)) / all);
     const matrix_view<S> logits = room.view().slice_rows(0, n);
     if (train)
       output.forward(h.slice_rows(first, n), logits, record, c);

@@ -41,7 +41,7 @@ class optimiser {
   template <class L>
   void step(L& model, const gradient_of<L>& gradient, double learning_rate, const context& ctx = {}) {
     static_assert(std::same_as<typename L::scalar, S>, "lithe: the optimiser's scalar differs from the model's.");
-    require<config_error>(learning_rate >= 0 && std::isfinite(learning_rate), "optimiser: expected a finite learning rate of at least 0, got ",
+    require<config_error>(learning_rate >= 0 && std::isfinite(static_cast<S>(learning_rate)), "optimiser: expected a finite learning rate of at least 0, got ",
                           learning_rate);
     prepare(model, gradient);
     ++steps_;
@@ -67,10 +67,11 @@ class optimiser {
     std::size_t at = 0;
     detail::for_each_parameter(
         [&](const std::string& name, const auto& p, const auto& q) {
-          check_shape(name, p, q);
+          detail::check_gradient("optimiser", name, p, q);
           if (steps_ == 0 && at == moments_.size()) moments_.push_back({name});
           require<state_error>(at < moments_.size() && moments_[at].name == name, "optimiser: expected the model of the steps before, whose tensor ",
-                               at, " is ", at < moments_.size() ? moments_[at].name : "none", ", got ", name);
+                               at, " is ", at < moments_.size() ? moments_[at].name : moments_.empty() ? "none (was this one moved from?)" : "none", ", got ",
+                               name);
           moments& state = moments_[at++];
           const settings s = settings_of<decltype(q)>(name);
           if (!state.made) {
@@ -158,24 +159,12 @@ class optimiser {
     const auto usable = [](double r) { return r >= 0 && std::isfinite(r); };
     require<config_error>(fraction(config.beta1) && fraction(config.beta2), "optimiser: expected betas in [0, 1), got ", config.beta1, " and ",
                           config.beta2);
-    require<config_error>(config.epsilon > 0, "optimiser: expected an epsilon above 0, got ", config.epsilon);
+    require<config_error>(static_cast<S>(config.epsilon) > 0 && std::isfinite(static_cast<S>(config.epsilon)),
+                          "optimiser: expected an epsilon above 0, got ", config.epsilon);
     require<config_error>(usable(config.weight_decay), "optimiser: expected a weight decay of at least 0, got ", config.weight_decay);
     for (const parameter_group& g : config.groups)
       require<config_error>(usable(g.rate) && usable(g.own_rate.value_or(0)) && usable(g.weight_decay.value_or(0)), "optimiser: group '", g.pattern,
                             "' has a negative rate or weight decay");
-  }
-  template <class P, class Q>
-  static void check_shape(const std::string& name, const P& p, const Q& q) {
-    index_t rows = 0, cols = 0;
-    if constexpr (sparse_gradient<const Q>) {
-      rows = rows_of(q).total_rows;
-      cols = rows_of(q).cols;
-    } else {
-      rows = q.rows();
-      cols = q.cols();
-    }
-    require<state_error>(rows == p.rows() && cols == p.cols(), "optimiser: expected a gradient of ", name, " of shape ", to_text(p.rows(), p.cols()),
-                         ", got ", to_text(rows, cols));
   }
   template <class Q>
   settings settings_of(const std::string& name) {

@@ -56,6 +56,21 @@ template <class Q>
     return view(q);
 }
 
+/// Throws state_error unless q is a gradient of p's shape: one that `make_gradient` made.
+template <class P, class Q>
+void check_gradient(const char* who, const std::string& name, const P& p, const Q& q) {
+  index_t rows = 0, cols = 0;
+  if constexpr (sparse_gradient<const Q>) {
+    rows = rows_of(q).total_rows;
+    cols = rows_of(q).cols;
+  } else {
+    rows = q.rows();
+    cols = q.cols();
+  }
+  require<state_error>(rows == p.rows() && cols == p.cols(), who, ": expected a gradient of ", name, " of shape ", to_text(p.rows(), p.cols()),
+                       ", got ", to_text(rows, cols));
+}
+
 /// f(name, parameter, gradient) for every tensor that training may change, a shared table once.
 template <class F, class L, class G>
 void for_each_parameter(F&& f, L& model, G& gradient) {

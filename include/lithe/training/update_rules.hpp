@@ -21,25 +21,25 @@ class zeroed_matrix {
   zeroed_matrix() = default;
   zeroed_matrix(index_t rows, index_t cols) : rows_(rows), cols_(cols) {
     const std::size_t bytes = static_cast<std::size_t>(rows * cols) * sizeof(S), alignment = bytes >= 2 * huge_page ? huge_page : 64;
-    memory_.reset(static_cast<std::byte*>(std::calloc(bytes + alignment, 1)));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    const std::size_t past = reinterpret_cast<std::uintptr_t>(memory_.get()) % alignment;
-    data_ = reinterpret_cast<S*>(memory_.get() + (alignment - past));
+    auto* const whole = static_cast<std::byte*>(std::calloc(bytes + alignment, 1));
+    if (whole == nullptr) throw std::bad_alloc();
+    S* const begin = reinterpret_cast<S*>(whole + (alignment - reinterpret_cast<std::uintptr_t>(whole) % alignment));
+    data_ = {begin, {whole}};
 #if defined(__linux__)
-    if (alignment == huge_page) madvise(data_, bytes / huge_page * huge_page, MADV_HUGEPAGE);  // a wish
+    if (alignment == huge_page) madvise(begin, bytes / huge_page * huge_page, MADV_HUGEPAGE);  // a wish
 #endif
   }
-  [[nodiscard]] matrix_view<S> view() const { return {data_, rows_, cols_}; }
-  [[nodiscard]] S* row(index_t i) const { return data_ == nullptr ? nullptr : data_ + i * cols_; }
+  [[nodiscard]] matrix_view<S> view() const { return data_ == nullptr ? matrix_view<S>() : matrix_view<S>(data_.get(), rows_, cols_); }
+  [[nodiscard]] S* row(index_t i) const { return data_ == nullptr ? nullptr : data_.get() + i * cols_; }
 
  private:
   static constexpr std::size_t huge_page = std::size_t{2} << 20;
 
-  struct free_memory {
-    void operator()(std::byte* p) const { std::free(p); }
+  struct free_whole {
+    std::byte* whole = nullptr;
+    void operator()(S*) const { std::free(whole); }
   };
-  std::unique_ptr<std::byte, free_memory> memory_;
-  S* data_ = nullptr;
+  std::unique_ptr<S, free_whole> data_;  // begins within `whole`
   index_t rows_ = 0, cols_ = 0;
 };
 
