@@ -208,12 +208,14 @@ struct product_key_memory {
   /// The rows that forward read and their weights (after the gate, before dropout), both [T x heads picks], -1 for hidden rows: for
   /// usage metrics.
   void picked(const record& r, matrix_view<slot_t> slots, matrix_view<S> weights, const context& ctx) const {
-    require_shape(who, "slots", slots, r.pairs.value.rows(), keys.picks());
-    require_shape(who, "weights", weights, r.pairs.value.rows(), keys.picks());
-    recorded_slots(who, r.pairs.value, slots.rows(), keys.picks(), keys.slots());
-    recorded(who, r.scores, slots.rows(), keys.picks());
+    recorded_slots(who, r.pairs.value, r.pairs.value.rows(), keys.picks(), keys.slots());
+    recorded(who, r.scores, r.pairs.value.rows(), keys.picks());
+    require_shape(who, "picked slots", slots, r.pairs.value.rows(), keys.picks());
+    require_shape(who, "picked weights", weights, r.pairs.value.rows(), keys.picks());
+    const scratch<S> by_lists(ctx, weights.rows(), weights.cols());  // rows of `weights` may lie apart
     map_slots(view(r.pairs.value), slots, ctx);
-    gate.forward(by_head(view(r.scores)), by_head(weights), ctx);
+    gate.forward(by_head(view(r.scores)), by_head(by_lists.view()), ctx);
+    copy<S>(by_lists, weights, ctx);
   }
 
   [[nodiscard]] cost forward_cost(index_t length) const {
@@ -278,11 +280,11 @@ struct product_key_memory {
   [[nodiscard]] index_t per_row() const { return config.concat_heads ? keys.config.final_k : keys.picks(); }
   template <class E>
   matrix_view<E> spread(matrix_view<E> m) const {
-    return config.concat_heads ? matrix_view<E>{m.data(), m.rows() * config.heads, config.value_width} : m;
+    return config.concat_heads ? m.cut_rows(config.value_width) : m;
   }
   template <class E>
   matrix_view<E> by_head(matrix_view<E> w) const {
-    return {w.data(), w.rows() * config.heads, keys.config.final_k};
+    return w.cut_rows(keys.config.final_k);
   }
   [[nodiscard]] bool changes_input(const context& ctx) const {
     return config.input_norm != memory_input_norm::none || (ctx.train && config.input_dropout > 0);

@@ -282,8 +282,7 @@ struct query_network {
   /// [T x groups width] seen as [T groups x width]: rows of q follow one another.
   template <class E>
   matrix_view<E> by_group(matrix_view<E> q) const {
-    LITHE_ASSERT(q.stride() == q.cols() || q.rows() <= 1);
-    return {q.data(), q.rows() * groups, width};
+    return q.cut_rows(width);
   }
   void normalise(matrix_view<const S> from, matrix_view<S> to, matrix_view<S> statistics, const context& ctx) const {
     if (layer.weight.size() != 0)

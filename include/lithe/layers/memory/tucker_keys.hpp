@@ -310,8 +310,7 @@ struct tucker_keys {
   /// Keys [H 2 n x r d] as rows of one rank each.
   template <class E>
   matrix_view<E> by_rank(matrix_view<E> m) const {
-    LITHE_ASSERT(m.stride() == m.cols());
-    return {m.data(), m.rows() * config.rank, config.width};
+    return m.cut_rows(config.width);
   }
   void prepare(matrix_view<S> to_unit, matrix_view<S> to_filter, matrix_view<S> statistics, const context& ctx) const {
     norm.forward(by_rank(view(keys)), by_rank(to_unit), statistics, ctx);

@@ -169,8 +169,8 @@ struct ultra_mem {
   /// The table rows and the virtual table of each pick, both [T x K], -1 and 0 for hidden rows: for usage metrics.
   void picked(const record& r, matrix_view<slot_t> rows, matrix_view<slot_t> group, const context& ctx) const {
     check_addresses(r.addresses.value.rows(), r);
-    require_shape(who, "rows", rows, r.addresses.value.rows(), search.picks());
-    require_shape(who, "group", group, r.addresses.value.rows(), search.picks());
+    require_shape(who, "picked rows", rows, r.addresses.value.rows(), search.picks());
+    require_shape(who, "picked groups", group, rows.rows(), rows.cols());
     expansion.locate(view(r.addresses.value), rows, group, ctx);
   }
 

@@ -85,9 +85,7 @@ struct ultra_mem_query {
   /// [T x B d] seen as [T B x d].
   template <class E>
   matrix_view<E> by_block(matrix_view<E> q) const {
-    LITHE_ASSERT(q.stride() == q.cols() || q.rows() <= 1);
-    const index_t width = norm.weight.cols();
-    return {q.data(), q.rows() * (q.cols() / width), width};
+    return q.cut_rows(norm.weight.cols());
   }
   void finish(matrix_view<const S> x, matrix_view<S> q, const context& ctx) const {
     projection.forward(x, q, ctx);

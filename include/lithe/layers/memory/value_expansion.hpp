@@ -252,8 +252,7 @@ struct value_expansion {
   /// O [T x G dv] as a row for each (token, group, core).
   template <class E>
   matrix_view<E> by_slice(matrix_view<E> m) const {
-    LITHE_ASSERT(m.stride() == m.cols() || m.rows() <= 1);
-    return {m.data(), m.rows() * config.groups * config.cores, config.value_width / config.cores};
+    return m.cut_rows(config.value_width / config.cores);
   }
   S psi(S dot) const { return config.pre_gelu ? detail::activate<activation::gelu>(one(dot))(0) : dot; }
   S psi_slope(S dot) const { return config.pre_gelu ? detail::activation_slope<activation::gelu>(one(dot))(0) : S(1); }
