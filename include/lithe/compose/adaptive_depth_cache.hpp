@@ -1,6 +1,7 @@
 #pragma once
 
 #include "lithe/compose/adaptive_depth.hpp"
+#include "lithe/layers/position_cache.hpp"
 
 // N exits, D features, t a position in a sequence
 namespace lithe::inline LITHE_ABI {
@@ -50,19 +51,20 @@ void permute_block(const B& b, cache_of<B>& c, std::span<const index_t> order) {
 /// What decoding with exits remembers of each slot. Block n has the keys and values of the first filled[n-1][slot] positions, and every later
 /// position left below n, so that its input to block n is its exit state: the keys and values can be made when somebody first needs them.
 template <class Block>
-struct adaptive_cache {
+struct adaptive_cache : placed_cache {
   using S = typename Block::scalar;
   std::vector<cache_of<Block>> blocks;       ///< of each depth
   std::vector<std::vector<index_t>> filled;  ///< [N][slots]
-  matrix<S> states;                          ///< row slot * capacity + t: the state with which position t left
-  std::vector<index_t> length, start;        ///< of each slot: positions, and those among them that belong to the prompt
-  index_t capacity = 0;
-  index_t projected = 0, visited = 0;  ///< rows of keys and values made, rows that went through a block
+  matrix<S> states;                          ///< row place * capacity + t: the state with which position t left
+  std::vector<index_t> start;                ///< of each slot: the positions of its `length` that belong to the prompt
+  index_t projected = 0, visited = 0;        ///< rows of keys and values made, rows that went through a block
 
   /// How many sequences there is room for.
   [[nodiscard]] index_t slots() const { return static_cast<index_t>(length.size()); }
   /// The exit states of positions t .. t + n - 1 of a slot, [n x D].
-  [[nodiscard]] matrix_view<S> state(index_t slot, index_t t, index_t n) { return matrix_view<S>(states).slice_rows(slot * capacity + t, n); }
+  [[nodiscard]] matrix_view<S> state(index_t slot, index_t t, index_t n) {
+    return matrix_view<S>(states).slice_rows(place[static_cast<std::size_t>(slot)] * capacity + t, n);
+  }
   /// How many positions of a slot block n, from 1, has the keys and values of.
   [[nodiscard]] index_t& filled_to(index_t n, index_t slot) { return filled[static_cast<std::size_t>(n - 1)][static_cast<std::size_t>(slot)]; }
 };
@@ -72,12 +74,10 @@ struct adaptive_cache {
 template <class Block, class Norm>
 [[nodiscard]] adaptive_cache<Block> make_adaptive_cache(const adaptive_depth<Block, Norm>& model, index_t slots, index_t capacity) {
   model.check();
-  adaptive_cache<Block> c;
-  c.capacity = capacity;
+  adaptive_cache<Block> c{{"adaptive_cache", slots, capacity}, {}, {}, {}, {}};
   for (index_t n = 1; n <= model.exits(); ++n) c.blocks.push_back(detail::make_block_cache(model.stack.block(n), slots, capacity));
   c.filled.assign(c.blocks.size(), std::vector<index_t>(static_cast<std::size_t>(slots), 0));
   c.states.resize(slots * capacity, model.features());
-  c.length.assign(static_cast<std::size_t>(slots), 0);
   c.start = c.length;
   return c;
 }
@@ -92,6 +92,13 @@ void start_memory(const adaptive_depth<Block, Norm>& model, const detail::memory
 
 namespace detail {
 
+template <class Block, class Norm>
+void check_exits(const adaptive_depth<Block, Norm>& model, const adaptive_cache<Block>& c) {
+  require<state_error>(static_cast<index_t>(c.blocks.size()) == model.exits() && c.states.cols() == model.features(),
+                       "adaptive_cache: the cache is of another model: expected ", model.exits(),
+                       " exits and states of ", model.features(), " features, got ", c.blocks.size(), " and ",
+                       c.states.cols());
+}
 /// Block n keeps the first `count` positions of a slot alone; one that threw may hold more than were counted.
 template <class Block, class Norm>
 void keep_filled(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t n, index_t slot, index_t count) {
@@ -101,38 +108,45 @@ void keep_filled(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>
 
 }  // namespace detail
 
-/// Forgets all but the first `length` positions of a slot.
+/// The shortest length but 0 that `truncate` can cut a slot to: above 0 only if blocks keep windows of their tokens.
 template <class Block, class Norm>
-void truncate(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t slot, index_t length) {
-  for (index_t n = 1; n <= model.exits(); ++n) detail::keep_filled(model, c, n, slot, std::min(c.filled_to(n, slot), length));
-  auto &now = c.length[static_cast<std::size_t>(slot)], &start = c.start[static_cast<std::size_t>(slot)];
-  now = std::min(now, length);
-  start = std::min(start, now);
+[[nodiscard]] index_t least_length(const adaptive_depth<Block, Norm>& model, const adaptive_cache<Block>& c,
+                                   index_t slot) {
+  c.check_slot("adaptive_cache", slot);
+  index_t least = 0;
+  for (index_t n = 1; n <= model.exits(); ++n)
+    least = std::max(least, lithe::least_length(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], slot));
+  return least;
 }
 
-/// Slot i becomes what slot order[i] was (beam search).
+/// Forgets all but the first `length` positions of a slot. Throws index_error for a slot or a length that is not there,
+/// state_error for a cache of another number of exits; then nothing has changed.
+template <class Block, class Norm>
+void truncate(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, index_t slot, index_t length) {
+  detail::check_exits(model, c);
+  c.check_length("adaptive_cache", slot, length);
+  detail::check_cut("adaptive_cache", least_length(model, c, slot), slot, length);
+  for (index_t n = 1; n <= model.exits(); ++n) detail::keep_filled(model, c, n, slot, std::min(c.filled_to(n, slot), length));
+  c.truncate("adaptive_cache", slot, length);
+  auto& start = c.start[static_cast<std::size_t>(slot)];
+  start = std::min(start, length);
+}
+
+/// Slot i becomes what slot order[i] was (beam search). Throws shape_error or index_error for an order that is not one,
+/// state_error for a cache of another number of exits; then nothing has changed.
 template <class Block, class Norm>
 void permute(const adaptive_depth<Block, Norm>& model, adaptive_cache<Block>& c, std::span<const index_t> order, const context& ctx = {}) {
-  require<shape_error>(static_cast<index_t>(order.size()) == c.slots(), "adaptive_cache: expected an order of ", c.slots(), " slots, got ",
-                       order.size());
-  index_t longest = 0;
-  for (const index_t s : order) {
-    require<index_error>(s >= 0 && s < c.slots(), "adaptive_cache: expected a slot below ", c.slots(), ", got ", s);
-    longest = std::max(longest, c.length[static_cast<std::size_t>(s)]);
-  }
+  detail::check_exits(model, c);
+  c.permute("adaptive_cache", order, [&](index_t from, index_t to, index_t n) {
+    c.states.middleRows(to * c.capacity, n) = c.states.middleRows(from * c.capacity, n);
+  });
   for (index_t n = 1; n <= model.exits(); ++n) detail::permute_block(model.stack.block(n), c.blocks[static_cast<std::size_t>(n - 1)], order);
-  const index_t slots = c.slots();
-  const scratch<typename Block::scalar> states(ctx, slots * longest, c.states.cols());
-  for (index_t s = 0; s < slots; ++s)
-    states.view().slice_rows(s * longest, longest).map() = c.state(order[static_cast<std::size_t>(s)], 0, longest).map();
-  for (index_t s = 0; s < slots; ++s) c.state(s, 0, longest).map() = states.view().slice_rows(s * longest, longest).map();
-  const scratch<index_t> before(ctx, slots);
+  const scratch<index_t> before(ctx, c.slots());
   const auto reorder = [&](std::vector<index_t>& numbers) {
     std::copy(numbers.begin(), numbers.end(), before.data());
     for (std::size_t i = 0; i < order.size(); ++i) numbers[i] = before[order[i]];
   };
   for (auto& f : c.filled) reorder(f);
-  reorder(c.length);
   reorder(c.start);
 }
 
@@ -165,18 +179,24 @@ void fill_pending(const adaptive_depth<Block, Norm>& model, index_t n, std::span
   c.projected += total;
 }
 
-/// Takes back what a call that failed has added to these slots beyond their lengths.
+/// Takes back what a call that failed has added to these slots beyond their lengths. A slot of whose window too much is
+/// gone is emptied.
 template <class Block, class Norm>
 void roll_back(const adaptive_depth<Block, Norm>& model, std::span<const index_t> slots, adaptive_cache<Block>& c) {
-  for (const index_t s : slots) lithe::truncate(model, c, s, c.length[static_cast<std::size_t>(s)]);
+  for (const index_t s : slots) {
+    const index_t length = c.tokens(s);
+    lithe::truncate(model, c, s, length >= least_length(model, c, s) ? length : 0);
+  }
 }
 
 template <class Block>
 void check_room(const char* who, const adaptive_cache<Block>& c, index_t rows, const context& ctx) {
   ctx.rows.check(who, rows);
+  require<shape_error>(ctx.slots.empty() || static_cast<index_t>(ctx.slots.size()) == ctx.rows.count(), who,
+                       ": expected a slot for each of ", ctx.rows.count(), " sequences, got ", ctx.slots.size());
   for (index_t i = 0; i < ctx.rows.count(); ++i) {
     const index_t s = ctx.slot(i), n = ctx.rows.end(i, rows) - ctx.rows.begin(i);
-    require<index_error>(s >= 0 && s < c.slots(), who, ": expected a slot below ", c.slots(), ", got ", s);
+    c.check_slot(who, s);
     if (c.length[static_cast<std::size_t>(s)] + n > c.capacity)
       throw std::length_error(
           concat(who, ": slot ", s, " holds ", c.length[static_cast<std::size_t>(s)], " of ", c.capacity, " tokens; ", n, " more do not fit"));
@@ -185,13 +205,15 @@ void check_room(const char* who, const adaptive_cache<Block>& c, index_t rows, c
 
 }  // namespace detail
 
-/// Leads new rows x [R x D] of some slots (ctx.rows, ctx.slots) through blocks `first` .. `last`, from 1, and into their caches; y [R x D] is the
-/// output of the last. The lengths of the slots stay: whoever has been through all blocks calls `advance`. Throws std::length_error when a slot is
-/// full; then, and if a block throws, the slots are as they were before.
+/// Leads new rows x [R x D] of some slots (ctx.rows, ctx.slots) through blocks `first` .. `last`, from 1, and into
+/// their caches; y [R x D] is the output of the last. The lengths of the slots stay: whoever has been through all
+/// blocks calls `advance`. Throws std::length_error when a slot is full; then, and if a block throws, the slots are as
+/// they were before (one that has lost too much of a window on the way is emptied).
 template <class Block, class Norm>
 void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, index_t last, matrix_view<const typename Block::scalar> x,
                    const detail::memory_of<Block>& m, matrix_view<typename Block::scalar> y, adaptive_cache<Block>& c, const context& ctx) {
   using S = typename Block::scalar;
+  detail::check_exits(model, c);
   detail::check_room("adaptive_depth", c, x.rows(), ctx);
   const index_t B = ctx.rows.count();
   const scratch<index_t> slots(ctx, B), before(ctx, (last - first + 1) * B);
@@ -211,8 +233,14 @@ void decode_blocks(const adaptive_depth<Block, Norm>& model, index_t first, inde
       if (n < last) copy<S>(y, in, ctx);
     }
   } catch (...) {
-    for (index_t n = first; n <= last; ++n)
-      for (index_t i = 0; i < B; ++i) detail::keep_filled(model, c, n, slots[i], before[(n - first) * B + i]);
+    for (index_t i = 0; i < B; ++i) {
+      const index_t least = least_length(model, c, slots[i]);
+      bool kept = true;
+      for (index_t n = first; n <= last; ++n) kept = kept && before[(n - first) * B + i] >= least;
+      for (index_t n = first; kept && n <= last; ++n)
+        detail::keep_filled(model, c, n, slots[i], before[(n - first) * B + i]);
+      if (!kept) truncate(model, c, slots[i], 0);
+    }
     throw;
   }
 }

@@ -104,7 +104,11 @@ struct decoder_block {
     static_assert(!looks_across_tokens<Feed>, "lithe: a decoder block whose feed looks across tokens cannot skip a token: its feed would miss it.");
     lithe::fill(self, x, c.self, ctx.child(0));
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    return std::max(lithe::least_length(self, c.self, slot), lithe::least_length(feed, c.feed, slot));
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("decoder_block", least_length(c, slot), slot, length);
     lithe::truncate(self, c.self, slot, length);
     lithe::truncate(feed, c.feed, slot, length);
   }

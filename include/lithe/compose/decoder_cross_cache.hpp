@@ -90,6 +90,16 @@ void cross_decode(const cross_attention<S>& l, matrix_view<const S> x, memory_vi
   constexpr index_t few = 12;
   require<state_error>(c.known.size() == static_cast<std::size_t>(m.rows.count()) && c.keys.rows() == m.x.rows() * l.config.key_value_heads,
                        "cross_cache: expected the memory that the cache was started with");
+  require<state_error>(c.keys.cols() == detail::tile::round_up<S>(l.config.head_width),
+                       "cross_cache: the cache is of another layer: expected heads of ", l.config.head_width,
+                       " numbers filled up to whole packets, got rows of ", c.keys.cols());
+  ctx.rows.check("cross_cache", x.rows());
+  require<shape_error>(ctx.slots.empty() || static_cast<index_t>(ctx.slots.size()) == ctx.rows.count(),
+                       "cross_cache: expected a slot for each of ", ctx.rows.count(), " sequences, got ",
+                       ctx.slots.size());
+  for (index_t s = 0; s < ctx.rows.count(); ++s)
+    require<index_error>(ctx.slot(s) >= 0 && ctx.slot(s) < static_cast<index_t>(c.source.size()),
+                         "cross_cache: expected a slot below ", c.source.size(), ", got ", ctx.slot(s));
   detail::project_new_sources(l, m, c, ctx);
   const index_t R = x.rows(), d = l.config.head_width, W = c.keys.cols(), kv = l.config.key_value_heads, shared = l.config.heads / kv;
   const scratch<S> q(ctx, R, l.query.weight.rows()), o(ctx, R, l.query.weight.rows());
@@ -118,9 +128,15 @@ void cross_decode(const cross_attention<S>& l, matrix_view<const S> x, memory_vi
   l.output.forward(o, y, ctx);
 }
 
-/// Slot i becomes what slot order[i] was.
+/// Slot i becomes what slot order[i] was. Throws shape_error or index_error for an order that is not one; then nothing
+/// has changed.
 template <class S>
 void permute_cross_cache(cross_cache<S>& c, std::span<const index_t> order) {
+  require<shape_error>(order.size() == c.source.size(), "cross_cache: expected an order of ", c.source.size(),
+                       " slots, got ", order.size());
+  for (const index_t from : order)
+    require<index_error>(from >= 0 && from < static_cast<index_t>(c.source.size()),
+                         "cross_cache: expected a slot below ", c.source.size(), ", got ", from);
   c.old_source.swap(c.source);
   for (std::size_t i = 0; i < order.size(); ++i) c.source[i] = c.old_source[static_cast<std::size_t>(order[i])];
 }

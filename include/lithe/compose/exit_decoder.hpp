@@ -37,6 +37,11 @@ class exit_decoder {
   [[nodiscard]] index_t features() const { return model_->features(); }  ///< D, the width of the states
   [[nodiscard]] shape output_shape(std::span<const token_t> ids) const { return {static_cast<index_t>(ids.size()), model_->answers.classes()}; }
 
+  /// The longest text that embedding and blocks take.
+  [[nodiscard]] index_t longest_sequence() const {
+    return std::min(lithe::longest_sequence(*embed_), lithe::longest_sequence(*model_));
+  }
+
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
     return {lithe::make_cache(*embed_, slots, capacity), make_adaptive_cache(*model_, slots, capacity),
             std::vector<std::int32_t>(static_cast<std::size_t>(slots))};
@@ -67,8 +72,10 @@ class exit_decoder {
     });
   }
   void truncate(cache& c, index_t slot, index_t length) const {
-    lithe::truncate(*embed_, c.tokens, slot, length);
+    c.states.check_slot("exit_decoder", slot);
+    detail::check_cut("exit_decoder", lithe::least_length(*embed_, c.tokens, slot), slot, length);
     lithe::truncate(*model_, c.states, slot, length);
+    lithe::truncate(*embed_, c.tokens, slot, length);
   }
   void permute(cache& c, std::span<const index_t> order) const {
     lithe::permute(*embed_, c.tokens, order);

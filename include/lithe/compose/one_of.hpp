@@ -68,15 +68,25 @@ struct one_of {
   }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     check_decode("one_of", *this, x, y);
+    check(c);
     active([&]<std::size_t I>(const auto& b) { lithe::decode(b, x, y, std::get<I>(c), ctx); });
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    check(c);
     active([&]<std::size_t I>(const auto& b) { lithe::fill(b, x, std::get<I>(c), ctx); });
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    check(c);
+    index_t least = 0;
+    active([&]<std::size_t I>(const auto& b) { least = lithe::least_length(b, std::get<I>(c), slot); });
+    return least;
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    check(c);
     active([&]<std::size_t I>(const auto& b) { lithe::truncate(b, std::get<I>(c), slot, length); });
   }
   void permute(cache& c, std::span<const index_t> order) const {
+    check(c);
     active([&]<std::size_t I>(const auto& b) { lithe::permute(b, std::get<I>(c), order); });
   }
 
@@ -97,6 +107,10 @@ struct one_of {
   void check_kind(const record& r) const {
     require<state_error>(r.value.index() == value.index(), "one_of: the record is of another call, or was never filled: expected one of kind ", value.index(),
                          ", got ", r.value.index());
+  }
+  void check(const cache& c) const {
+    require<state_error>(c.index() == value.index(), "one_of: the cache is of another model: expected that of kind ",
+                         value.index(), ", got that of kind ", c.index());
   }
   template <class F>
   static void at(std::size_t index, F&& f) {

@@ -94,6 +94,7 @@ struct pre_norm {
     norm.forward(x, h, ctx.child(0));
     lithe::fill(inner, h, c, ctx.child(1));
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const { return lithe::least_length(inner, c, slot); }
   void truncate(cache& c, index_t slot, index_t length) const { lithe::truncate(inner, c, slot, length); }
   void permute(cache& c, std::span<const index_t> order) const { lithe::permute(inner, c, order); }
 

@@ -51,6 +51,7 @@ struct residual {
     add<S>(x, y, ctx);
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const { lithe::fill(inner, x, c, ctx); }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const { return lithe::least_length(inner, c, slot); }
   void truncate(cache& c, index_t slot, index_t length) const { lithe::truncate(inner, c, slot, length); }
   void permute(cache& c, std::span<const index_t> order) const { lithe::permute(inner, c, order); }
 

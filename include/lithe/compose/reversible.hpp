@@ -104,7 +104,15 @@ struct reversible {
     const scratch<S> y(ctx, looks_across ? x.rows() : 0, x.cols());
     if constexpr (looks_across) step<last_across()>(x, {m}, y, c, ctx);
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    index_t least = 0;
+    each([&]<std::size_t I>() {
+      least = std::max(least, lithe::least_length(std::get<I>(parts), std::get<I>(c), slot));
+    });
+    return least;
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("reversible", least_length(c, slot), slot, length);
     each([&]<std::size_t I>() { lithe::truncate(std::get<I>(parts), std::get<I>(c), slot, length); });
   }
   void permute(cache& c, std::span<const index_t> order) const {

@@ -110,7 +110,9 @@ struct reversible_language_model {
     embed_next(ids, x, c, ctx);
     blocks.fill(x, c.blocks, ctx.child(block_child));
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const { return blocks.least_length(c.blocks, slot); }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("reversible_language_model", least_length(c, slot), slot, length);
     positions.truncate(c.positions, slot, length);
     blocks.truncate(c.blocks, slot, length);
   }

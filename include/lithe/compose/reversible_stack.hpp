@@ -76,10 +76,18 @@ struct reversible_stack {
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const requires(!conditioned) { decode_and_fill(x, c, ctx); }
   void fill(matrix_view<const S> x, memory_view<S> m, cache& c, const context& ctx) const requires conditioned { decode_and_fill(x, c, ctx, m); }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    detail::check_blocks("reversible_stack", blocks.size(), c.size());
+    index_t least = 0;
+    for (std::size_t i = 0; i < blocks.size(); ++i) least = std::max(least, lithe::least_length(blocks[i], c[i], slot));
+    return least;
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("reversible_stack", least_length(c, slot), slot, length);
     for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].truncate(c[i], slot, length);
   }
   void permute(cache& c, std::span<const index_t> order) const {
+    detail::check_blocks("reversible_stack", blocks.size(), c.size());
     for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].permute(c[i], order);
   }
 
@@ -137,6 +145,7 @@ struct reversible_stack {
   /// Leads x through the blocks before `end` to y.
   void decode_until(matrix_view<const S> x, matrix_view<S> y, std::size_t end, cache& c, const context& ctx, const auto&... m) const {
     check_decode(who, *this, x, y);
+    detail::check_blocks("reversible_stack", blocks.size(), c.size());
     const scratch<S> in(ctx, x.rows(), x.cols());
     copy<S>(x, y, ctx);
     for (std::size_t i = 0; i < end; ++i) {

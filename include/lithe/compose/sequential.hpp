@@ -67,7 +67,15 @@ struct sequential {
   void fill(input_type x, cache& c, const context& ctx) const {
     if constexpr (looks_across) fill_from<0>(x, c, ctx);
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    index_t least = 0;
+    each([&]<std::size_t I>() {
+      least = std::max(least, lithe::least_length(std::get<I>(layers), std::get<I>(c), slot));
+    });
+    return least;
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("sequential", least_length(c, slot), slot, length);
     each([&]<std::size_t I>() { lithe::truncate(std::get<I>(layers), std::get<I>(c), slot, length); });
   }
   void permute(cache& c, std::span<const index_t> order) const {

@@ -126,7 +126,11 @@ struct tapped_block {
       lithe::fill(mix, x, c.mix, ctx.child(0));
     }
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    return std::max(lithe::least_length(mix, c.mix, slot), lithe::least_length(feed, c.feed, slot));
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("tapped_block", least_length(c, slot), slot, length);
     lithe::truncate(mix, c.mix, slot, length);
     lithe::truncate(feed, c.feed, slot, length);
   }
@@ -293,7 +297,8 @@ struct skip_stack {
     return c;
   }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
-    check_forward("skip_stack", *this, x, y, ctx);
+    check_decode("skip_stack", *this, x, y);
+    check(c);
     without_record(
         x, y, ctx,
         [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out, matrix_view<S> tap) {
@@ -308,11 +313,22 @@ struct skip_stack {
     const scratch<S> y(ctx, x.rows(), x.cols());
     decode(x, y, c, ctx);
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    check(c);
+    index_t least = 0;
+    for (std::size_t i = 0; i < blocks.size(); ++i)
+      least = std::max(least, lithe::least_length(blocks[i], c.blocks[i], slot));
+    for (std::size_t u = 0; u < units.size(); ++u)
+      least = std::max(least, lithe::least_length(units[u], c.units[u], slot));
+    return least;
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("skip_stack", least_length(c, slot), slot, length);
     for (std::size_t i = 0; i < blocks.size(); ++i) lithe::truncate(blocks[i], c.blocks[i], slot, length);
     for (std::size_t u = 0; u < units.size(); ++u) lithe::truncate(units[u], c.units[u], slot, length);
   }
   void permute(cache& c, std::span<const index_t> order) const {
+    check(c);
     for (std::size_t i = 0; i < blocks.size(); ++i) lithe::permute(blocks[i], c.blocks[i], order);
     for (std::size_t u = 0; u < units.size(); ++u) lithe::permute(units[u], c.units[u], order);
   }
@@ -331,6 +347,10 @@ struct skip_stack {
 
  private:
   [[nodiscard]] index_t count() const { return static_cast<index_t>(blocks.size()); }
+  void check(const cache& c) const {
+    detail::check_blocks("skip_stack", blocks.size(), c.blocks.size());
+    detail::check_blocks("skip_stack", units.size(), c.units.size());
+  }
   static context block_context(std::size_t i, const context& ctx) { return ctx.child(i); }
   [[nodiscard]] context unit_context(std::size_t u, const context& ctx) const { return ctx.child(blocks.size() + u); }
   static matrix_view<const S> input(matrix_view<const S> x, const record& r, std::size_t i) { return i == 0 ? x : matrix_view<const S>(r.between[i - 1]); }

@@ -70,10 +70,12 @@ struct stack {
   }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     check_decode("stack", *this, x, y);
+    detail::check_blocks("stack", blocks.size(), c.size());
     through(x, y, ctx,
             [&](std::size_t i, matrix_view<const S> in, matrix_view<S> out) { lithe::decode(blocks[i], in, out, c[i], ctx.child(i)); });
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
+    detail::check_blocks("stack", blocks.size(), c.size());
     if (blocks.empty()) return;
     const scratch<S> h(ctx, x.rows(), x.cols());
     const std::size_t last = blocks.size() - 1;
@@ -84,10 +86,18 @@ struct stack {
         lithe::decode(blocks[i], in, out, c[i], ctx.child(i));
     });
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    detail::check_blocks("stack", blocks.size(), c.size());
+    index_t least = 0;
+    for (std::size_t i = 0; i < blocks.size(); ++i) least = std::max(least, lithe::least_length(blocks[i], c[i], slot));
+    return least;
+  }
   void truncate(cache& c, index_t slot, index_t length) const {
+    detail::check_cut("stack", least_length(c, slot), slot, length);
     for (std::size_t i = 0; i < blocks.size(); ++i) lithe::truncate(blocks[i], c[i], slot, length);
   }
   void permute(cache& c, std::span<const index_t> order) const {
+    detail::check_blocks("stack", blocks.size(), c.size());
     for (std::size_t i = 0; i < blocks.size(); ++i) lithe::permute(blocks[i], c[i], order);
   }
 

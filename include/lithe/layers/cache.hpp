@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lithe/layers/layer.hpp"
+#include "lithe/layers/parameters.hpp"
 
 namespace lithe::inline LITHE_ABI {
 
@@ -47,6 +47,15 @@ template <class L>
 void fill(const L& l, input_of<L> x, cache_of<L>& c, const context& ctx) {
   if constexpr (cached_layer<L>) l.fill(x, c, ctx);
 }
+/// The shortest length but 0 that `truncate` can cut a slot to: above 0 only for layers that keep a window of their
+/// tokens, and what is made of them.
+template <class L>
+[[nodiscard]] index_t least_length(const L& l, const cache_of<L>& c, index_t slot) {
+  if constexpr (requires { l.least_length(c, slot); })
+    return l.least_length(c, slot);
+  else
+    return 0;
+}
 /// Forgets all but the first `length` tokens of a slot.
 template <class L>
 void truncate(const L& l, cache_of<L>& c, index_t slot, index_t length) {
@@ -57,5 +66,37 @@ template <class L>
 void permute(const L& l, cache_of<L>& c, std::span<const index_t> order) {
   if constexpr (cached_layer<L>) l.permute(c, order);
 }
+
+/// The longest sequence that all layers of a model take (learned positions end); the largest index_t if any length will
+/// do.
+template <class L>
+[[nodiscard]] index_t longest_sequence(const L& model) {
+  index_t longest = std::numeric_limits<index_t>::max();
+  const auto ask = [&](const std::string&, const auto& part) {
+    if constexpr (requires { part.longest_sequence(); }) longest = std::min(longest, part.longest_sequence());
+  };
+  if constexpr (has_parameters<L>)
+    walk(
+        ask, [](const auto&...) {}, "", model);
+  else
+    ask("", model);
+  return longest;
+}
+
+namespace detail {
+
+/// Throws index_error if a slot cannot be cut to `length`: what has parts asks before it cuts the first of them.
+inline void check_cut(const char* who, index_t least, index_t slot, index_t length) {
+  require<index_error>(length == 0 || length >= least, who, ": slot ", slot,
+                       " keeps a window of its last tokens: expected to keep 0 or at least ", least, ", got ", length);
+}
+
+/// Throws state_error for a cache of another number of blocks.
+inline void check_blocks(const char* who, std::size_t blocks, std::size_t caches) {
+  require<state_error>(caches == blocks, who, ": the cache is of another model: expected one of ", blocks,
+                       " blocks, got ", caches);
+}
+
+}  // namespace detail
 
 }  // namespace lithe::inline LITHE_ABI

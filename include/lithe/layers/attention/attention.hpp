@@ -57,14 +57,15 @@ struct attention : detail::attention_base<S> {
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {"attention", slots, capacity, config.key_value_heads, config.head_width}; }
 
-  /// The outputs of new rows, which follow what their slots hold; they are appended. Any number of new rows a sequence. Without
-  /// `causal` each sees everything then in the slot. Throws state_error when a slot would overflow or comes twice, index_error for a
-  /// slot that is not there; nothing has then changed.
+  /// The outputs of new rows, which follow what their slots hold; they are appended. Any number of new rows a sequence.
+  /// Without `causal` each sees everything then in the slot. Throws state_error when a slot would overflow or comes
+  /// twice, index_error for a slot that is not there; nothing has then changed. A cache of another layer is a
+  /// state_error.
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape("attention", "y", y, out.rows, out.cols);
     const index_t T = x.rows(), H = config.heads;
-    c.check("attention", T, ctx);
+    c.check("attention", T, ctx, config.key_value_heads, config.head_width);
     const scratch<S> q(ctx, T, this->query.weight.rows()), o(ctx, T, this->query.weight.rows()), table(ctx, T, config.rotary_width);
     new_angles(table.view(), c, ctx);
     append(x, table.view(), c, ctx);
@@ -79,7 +80,7 @@ struct attention : detail::attention_base<S> {
   /// Appends the keys and values of x only.
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     output_shape(x);
-    c.check("attention", x.rows(), ctx);
+    c.check("attention", x.rows(), ctx, config.key_value_heads, config.head_width);
     const scratch<S> table(ctx, x.rows(), config.rotary_width);
     new_angles(table.view(), c, ctx);
     append(x, table.view(), c, ctx);

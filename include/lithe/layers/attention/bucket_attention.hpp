@@ -156,7 +156,7 @@ struct bucket_attention {
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape(who, "y", y, out.rows, out.cols);
-    c.tokens.check(who, x.rows(), ctx);
+    check(c, x.rows(), ctx);
     const index_t T = x.rows(), A = query_key.weight.rows(), d = config.head_width;
     const scratch<S> q(ctx, T, A), v(ctx, T, A), scales(ctx, config.heads, T), o(ctx, T, A), log_sum_exp(ctx, config.heads, T);
     const scratch<bucket_t> ids(ctx, config.heads * config.hash.rounds, T);
@@ -192,13 +192,14 @@ struct bucket_attention {
   /// Appends x to the cache only.
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     output_shape(x);
-    c.tokens.check(who, x.rows(), ctx);
+    check(c, x.rows(), ctx);
     const index_t T = x.rows(), A = query_key.weight.rows();
     const scratch<S> q(ctx, T, A), v(ctx, T, A), scales(ctx, config.heads, T);
     const scratch<bucket_t> ids(ctx, config.heads * config.hash.rounds, T);
     append(x, q.view(), v.view(), scales.view(), ids.view(), c, ctx);
   }
   void truncate(cache& c, index_t slot, index_t length) const {
+    check(c);
     c.tokens.truncate(who, slot, length);
     const index_t n = config.heads * config.hash.rounds, row = c.tokens.place[static_cast<std::size_t>(slot)] * n;
     for (index_t i = row; i < row + n; ++i)
@@ -206,6 +207,7 @@ struct bucket_attention {
         while (c.last(i, b) >= length) c.last(i, b) = c.previous(i, c.last(i, b));
   }
   void permute(cache& c, std::span<const index_t> order) const {
+    check(c);
     c.tokens.permute(who, order, [&](index_t from, index_t to, index_t length) {
       const index_t n = config.heads * config.hash.rounds;
       c.ids.block(to * n, 0, n, length) = c.ids.block(from * n, 0, n, length);
@@ -251,6 +253,18 @@ struct bucket_attention {
   [[nodiscard]] index_t buckets() const { return factors().total(); }
   [[nodiscard]] index_t directions() const { return config.hash.rounds * hash.directions(factors()); }
 
+  /// Whether the cache is one of such a layer.
+  void check(const cache& c) const {
+    const index_t lists = static_cast<index_t>(c.tokens.length.size()) * config.heads * config.hash.rounds;
+    require<state_error>(
+        c.ids.rows() == lists && c.last.cols() == buckets() && c.directions.rows() == config.heads * directions(), who,
+        ": the cache is of another layer: expected ", lists, " lists of ", buckets(), " buckets, got ", c.ids.rows(),
+        " of ", c.last.cols());
+  }
+  void check(cache& c, index_t T, const context& ctx) const {
+    check(c);
+    c.tokens.check(who, T, ctx, config.heads, config.head_width);
+  }
   void check_ids(index_t T, const matrix<bucket_t>& ids) const { recorded(who, ids, config.heads * config.hash.rounds, T); }
   void check_range(const matrix<bucket_t>& ids) const {
     const bucket_t most = ids.size() == 0 ? bucket_t{0} : ids.maxCoeff();

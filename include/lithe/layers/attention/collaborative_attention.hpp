@@ -99,6 +99,7 @@ struct collaborative_attention : detail::collaborative_base<S> {
   /// Slot i becomes what slot order[i] was.
   void permute(cache& c, std::span<const index_t> order) const {
     const index_t H = config.heads, B = this->contents(), capacity = c.slots.capacity;
+    check(c);
     c.slots.permute(who, order, [&](index_t from, index_t to, index_t n) {
       std::copy_n(c.keys.row(from).data(), whole_panels(n) * config.key_width, c.keys.row(to).data());
       c.content.middleRows(to * B, B).leftCols(n) = c.content.middleRows(from * B, B).leftCols(n);
@@ -117,12 +118,22 @@ struct collaborative_attention : detail::collaborative_base<S> {
     return h;
   }
 
+  /// Throws unless the cache is one of such a layer.
+  void check(const cache& c) const {
+    const index_t slots = static_cast<index_t>(c.slots.length.size()), capacity = c.slots.capacity;
+    require<state_error>(
+        c.keys.cols() == whole_panels(capacity) * config.key_width && c.content.rows() == slots * this->contents() &&
+            c.values.rows() == slots * config.heads * capacity && c.values.cols() == value_width(),
+        who, ": the cache is of another layer: expected one of ", config.heads, " heads with keys of width ",
+        config.key_width, " and values of width ", value_width(), ", got values of width ", c.values.cols());
+  }
   static index_t place(const cache& c, index_t slot) { return c.slots.place[static_cast<std::size_t>(slot)]; }
   matrix_view<S> values(cache& c, index_t at, index_t h) const {
     return matrix_view<S>(c.values).slice_rows((at * config.heads + h) * c.slots.capacity, c.slots.capacity);
   }
   void append(matrix_view<const S> x, cache& c, const context& ctx) const {
     const index_t T = x.rows(), B = this->contents();
+    check(c);
     c.slots.check(who, T, ctx);
     const scratch<S> k(ctx, T, config.key_width), b(ctx, B, T), v(ctx, T, config.value_width);
     this->project_source(x, k.view(), b.view(), v.view(), ctx);

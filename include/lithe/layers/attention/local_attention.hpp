@@ -94,36 +94,54 @@ struct local_attention {
     require<config_error>(config.causal, who, ": expected a causal layer to decode with");
     require<config_error>(!config.circular || config.after == 0, who, ": expected after = 0 to decode with circular windows, whose last chunk would see ",
                           "the first one anew with each length, got ", config.after);
-    return cache(who, slots, capacity, config.heads, config.head_width);
+    return cache({who, slots, capacity, config.chunk, config.before}, config.heads, config.head_width);
   }
-  /// The rows of the full pass (of one whose windows do not wrap around to themselves: before < chunks, or not circular).
+  /// The rows of the full pass (of one whose windows do not wrap around to themselves: before < chunks, or not
+  /// circular). The cache keeps the windows of the newest tokens alone, whatever its capacity: `truncate` goes back to
+  /// nothing, or by placed_cache::reserve tokens and some more, not further.
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape(who, "y", y, out.rows, out.cols);
-    c.check(who, x.rows(), ctx);
-    append(x, c, ctx);
-    const index_t T = x.rows();
-    const scratch<S> q(ctx, T, query.weight.rows()), o(ctx, T, query.weight.rows());
+    check(c, x.rows(), ctx);
+    const index_t T = x.rows(), A = query.weight.rows(), sequences = ctx.rows.count();
+    const scratch<S> q(ctx, T, A), k(ctx, T, A), v(ctx, T, A), o(ctx, T, A);
     query.forward(x, q.view(), ctx);
+    key.forward(x, k.view(), ctx);
+    value.forward(x, v.view(), ctx);
     const index_t most = std::min(config.chunk, detail::local_windows<S>::block);
-    const scratch<piece> pieces(ctx, T / most + T / config.chunk + 3 * ctx.rows.count() + 1);
-    index_t n = 0;
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t slot = ctx.slot(s), begin = ctx.rows.begin(s), count = ctx.rows.end(s, T) - begin, before = c.tokens(slot) - count;
-      for (index_t i = before; i < before + count; i += pieces[n - 1].count)
-        pieces[n++] = {slot, begin + i - before, i, std::min({most, config.chunk - i % config.chunk, before + count - i})};
+    const scratch<piece> pieces(ctx, T / most + T / config.chunk + 3 * sequences + 1);
+    const scratch<index_t> next(ctx, sequences);
+    for (index_t s = 0; s < sequences; ++s) next[s] = ctx.rows.begin(s);
+    for (bool more = true; more;) {
+      // A slot takes in as many rows as it has room for, and their queries look before the next ones come.
+      more = false;
+      index_t n = 0;
+      for (index_t s = 0; s < sequences; ++s) {
+        const index_t slot = ctx.slot(s), begin = next[s], left = ctx.rows.end(s, T) - begin, position = c.tokens(slot);
+        const index_t count =
+            left == 0 ? 0 : c.append(slot, k.view().slice_rows(begin, left), v.view().slice_rows(begin, left));
+        for (index_t i = 0; i < count; i += pieces[n - 1].count)
+          pieces[n++] = {slot, begin + i, position + i,
+                         std::min({most, config.chunk - (position + i) % config.chunk, count - i})};
+        next[s] += count;
+        more = more || count < left;
+      }
+      ctx.exec->run(n * config.heads, 1, [&](index_t first, index_t last) {
+        for (index_t i = first; i < last; ++i) attend_cached(pieces[i % n], i / n, q.view(), o.view(), c, ctx);
+      });
     }
-    ctx.exec->run(n * config.heads, 1, [&](index_t first, index_t last) {
-      for (index_t i = first; i < last; ++i) attend_cached(pieces[i % n], i / n, q.view(), o.view(), c, ctx);
-    });
     output.forward(o.view(), y, ctx);
   }
   /// Appends the keys and values of x only.
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     output_shape(x);
-    c.check(who, x.rows(), ctx);
-    append(x, c, ctx);
+    check(c, x.rows(), ctx);
+    const scratch<S> k(ctx, x.rows(), key.weight.rows()), v(ctx, x.rows(), key.weight.rows());
+    key.forward(x, k.view(), ctx);
+    value.forward(x, v.view(), ctx);
+    c.append(k.view(), v.view(), ctx);
   }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const { return c.least_length(who, slot); }
   void truncate(cache& c, index_t slot, index_t length) const { c.truncate(who, slot, length); }
   void permute(cache& c, std::span<const index_t> order) const {
     c.permute(who, order, [](index_t, index_t, index_t) {});
@@ -194,18 +212,19 @@ struct local_attention {
     windows(ctx).forward(q, k, v, o, log_sum_exp, ctx);
     output.forward(o, y, ctx);
   }
-  void append(matrix_view<const S> x, cache& c, const context& ctx) const {
-    const scratch<S> k(ctx, x.rows(), key.weight.rows()), v(ctx, x.rows(), key.weight.rows());
-    key.forward(x, k.view(), ctx);
-    value.forward(x, v.view(), ctx);
-    c.append(k.view(), v.view(), ctx);
+  void check(cache& c, index_t T, const context& ctx) const {
+    require<state_error>(c.chunk == config.chunk && c.before == config.before, who,
+                         ": the cache is of another layer: expected windows of chunk ", config.chunk, " and ",
+                         config.before, " before it, got ", c.chunk, " and ", c.before);
+    c.check(who, T, ctx, config.heads, config.head_width);
   }
   void attend_cached(const piece& p, index_t h, matrix_view<const S> q, matrix_view<S> o, const cache& c, const context& ctx) const {
     constexpr index_t few = 12;  // up to here, reading the keys costs more than the products
-    const index_t d = config.head_width, W = c.keys.cols(), start = std::max<index_t>(0, p.position / config.chunk - config.before) * config.chunk;
-    const index_t N = p.position + p.count - start;
-    const S* k = c.keys.row(c.row(p.slot, h) + start).data();
-    const S* v = c.values.row(c.row(p.slot, h) + start).data();
+    const index_t d = config.head_width, W = c.keys.cols(), start = c.oldest(p.position),
+                  N = p.position + p.count - start;
+    const index_t row = c.row(p.slot, h) + start - c.first[static_cast<std::size_t>(p.slot)];
+    const S* k = c.keys.row(row).data();
+    const S* v = c.values.row(row).data();
     const matrix_view<const S> mine = q.slice_cols(h * d, d).slice_rows(p.row, p.count);
     const matrix_view<S> out = o.slice_cols(h * d, d).slice_rows(p.row, p.count);
     if (p.count <= few) {

@@ -118,7 +118,7 @@ struct lsh_attention {
     const shape out = output_shape(x);
     require_shape("lsh_attention", "y", y, out.rows, out.cols);
     const index_t T = x.rows(), H = config.heads, d = config.head_width;
-    c.tokens.check("lsh_attention", T, ctx);
+    c.tokens.check("lsh_attention", T, ctx, H, d);
     const scratch<S> o(ctx, T, H * d);
     context inference = ctx;
     inference.train = false;
@@ -151,7 +151,7 @@ struct lsh_attention {
   /// Appends x only.
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     output_shape(x);
-    c.tokens.check("lsh_attention", x.rows(), ctx);
+    c.tokens.check("lsh_attention", x.rows(), ctx, config.heads, config.head_width);
     append(x, c, ctx);
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t slot = ctx.slot(s), end = c.tokens.tokens(slot), n = ctx.rows.end(s, x.rows()) - ctx.rows.begin(s);

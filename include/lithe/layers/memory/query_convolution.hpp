@@ -11,10 +11,12 @@
 // T tokens, D features, W taps
 namespace lithe::inline LITHE_ABI {
 
-/// The depthwise convolution before UltraMem's query (arXiv 2411.12364 section 3.1): y_t = Σ_τ w_τ ⊙ x_{t-W+1+τ} within each sequence, x and y
-/// [T x D], no bias. Without taps y = x. The cache keeps a sequence's inputs, because `truncate` may go back behind the last W - 1.
+/// The depthwise convolution before UltraMem's query (arXiv 2411.12364 section 3.1): y_t = Σ_τ w_τ ⊙ x_{t-W+1+τ} within
+/// each sequence, x and y [T x D], no bias. Without taps y = x. The cache keeps a sequence's last inputs: the W - 1
+/// that the next row sees, and those of placed_cache::reserve rows before it, by which `truncate` can go back.
 ///
-/// Starts as the identity plus N(0, 0.02): the original's start is not published. Throws shape_error, index_error, state_error.
+/// Starts as the identity plus N(0, 0.02): the original's start is not published. Throws shape_error, index_error,
+/// state_error.
 template <std::floating_point S>
 struct query_convolution {
   using scalar = S;
@@ -23,9 +25,12 @@ struct query_convolution {
     matrix<S> weight;
   };
   struct cache : placed_cache {
-    matrix<S> rows;  // [slots capacity x D], by place
-    /// The first of a slot's rows.
-    [[nodiscard]] index_t first(index_t slot) const { return place[static_cast<std::size_t>(slot)] * capacity; }
+    matrix<S> rows;  // [slots room x D], by place
+    /// The row of a slot's token t, which is kept or the next one.
+    [[nodiscard]] index_t row(index_t slot, index_t t) const {
+      const auto s = static_cast<std::size_t>(slot);
+      return place[s] * room + t - first[s];
+    }
   };
 
   matrix<S> weight;  // [W x D], the newest row last
@@ -64,39 +69,46 @@ struct query_convolution {
 
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const {
     if (none()) return {};
-    cache c{{"query_convolution", slots, capacity}, {}};
-    c.rows.resize(slots * capacity, weight.cols());
+    cache c{{"query_convolution", slots, capacity, 1, weight.rows() - 1}, {}};
+    c.rows.resize(slots * c.room, weight.cols());
     return c;
   }
   /// y for the new rows x of each sequence, after what the cache holds.
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     if (none()) return copy<S>(x, y, ctx);
+    check(x, c, ctx);
     const index_t before = weight.rows() - 1;
-    fill(x, c, ctx);
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t first = ctx.rows.begin(s), n = ctx.rows.end(s, x.rows()) - first, slot = ctx.slot(s);
-      const index_t length = c.tokens(slot), past = std::min(before, length - n);
-      const scratch<S> out(ctx, past + n, x.cols());
-      causal_conv<S>(view(std::as_const(c.rows)).slice_rows(c.first(slot) + length - n - past, past + n), weight, out, ctx.position_wise());
-      copy<S>(matrix_view<const S>(out).slice_rows(past, n), y.slice_rows(first, n), ctx);
+    causal_conv<S>(x, weight, y, ctx);
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {  // the first rows of a sequence see cached ones
+      const index_t begin = ctx.rows.begin(s), slot = ctx.slot(s), length = c.tokens(slot),
+                    past = std::min(before, length);
+      const index_t n = std::min(before, ctx.rows.end(s, x.rows()) - begin);
+      if (past == 0 || n == 0) continue;
+      const scratch<S> in(ctx, past + n, x.cols()), out(ctx, past + n, x.cols());
+      copy<S>(view(std::as_const(c.rows)).slice_rows(c.row(slot, length - past), past), in.view().slice_rows(0, past),
+              ctx);
+      copy<S>(x.slice_rows(begin, n), in.view().slice_rows(past, n), ctx);
+      causal_conv<S>(in, weight, out, ctx.position_wise());
+      copy<S>(out.view().slice_rows(past, n), y.slice_rows(begin, n), ctx);
     }
+    append(x, c, ctx);
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     if (none()) return;
-    c.check("query_convolution", x.rows(), ctx);
-    for (index_t s = 0; s < ctx.rows.count(); ++s) {
-      const index_t first = ctx.rows.begin(s), n = ctx.rows.end(s, x.rows()) - first, slot = ctx.slot(s);
-      copy<S>(x.slice_rows(first, n), matrix_view<S>(c.rows).slice_rows(c.first(slot) + c.tokens(slot), n), ctx);
-    }
-    c.advance(x.rows(), ctx);
+    check(x, c, ctx);
+    append(x, c, ctx);
+  }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    return none() ? 0 : c.least_length("query_convolution", slot);
   }
   void truncate(cache& c, index_t slot, index_t length) const {
     if (!none()) c.truncate("query_convolution", slot, length);
   }
   void permute(cache& c, std::span<const index_t> order) const {
     if (none()) return;
-    c.permute("query_convolution", order,
-              [&](index_t from, index_t to, index_t n) { c.rows.middleRows(to * c.capacity, n) = c.rows.middleRows(from * c.capacity, n); });
+    c.permute("query_convolution", order, [&](index_t from, index_t to, index_t n) {
+      c.rows.middleRows(to * c.room, n) = c.rows.middleRows(from * c.room, n);
+    });
   }
 
   [[nodiscard]] cost forward_cost(index_t) const {
@@ -106,6 +118,28 @@ struct query_convolution {
   template <class F, class... T>
   static void visit(F&& f, T&... s) {
     f("weight", s.weight...);
+  }
+
+ private:
+  void check(matrix_view<const S> x, cache& c, const context& ctx) const {
+    output_shape(x);
+    require<state_error>(c.rows.cols() == weight.cols() && c.before == weight.rows() - 1,
+                         "query_convolution: the cache is of another layer: expected one of ", weight.rows(),
+                         " taps and ", weight.cols(), " features, got ", c.before + 1, " and ", c.rows.cols());
+    c.check("query_convolution", x.rows(), ctx);
+  }
+  static void append(matrix_view<const S> x, cache& c, const context& ctx) {
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t slot = ctx.slot(s), end = ctx.rows.end(s, x.rows());
+      for (index_t i = ctx.rows.begin(s), n = 0; i < end; i += n) {
+        n = c.make_room(slot, end - i, [&](index_t place, index_t from, index_t rows) {
+          S* const to = c.rows.data() + place * c.room * c.rows.cols();
+          std::copy_n(to + from * c.rows.cols(), rows * c.rows.cols(), to);
+        });
+        copy<S>(x.slice_rows(i, n), matrix_view<S>(c.rows).slice_rows(c.row(slot, c.tokens(slot)), n), ctx);
+        c.length[static_cast<std::size_t>(slot)] += n;
+      }
+    }
   }
 };
 

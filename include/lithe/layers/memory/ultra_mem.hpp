@@ -183,6 +183,9 @@ struct ultra_mem {
     answer(x, q, y, ctx);
   }
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const { query.convolution.fill(x, c, ctx); }
+  [[nodiscard]] index_t least_length(const cache& c, index_t slot) const {
+    return query.convolution.least_length(c, slot);
+  }
   void truncate(cache& c, index_t slot, index_t length) const { query.convolution.truncate(c, slot, length); }
   void permute(cache& c, std::span<const index_t> order) const { query.convolution.permute(c, order); }
 
