@@ -110,15 +110,16 @@ struct lsh_attention {
     require<config_error>(config.hash.family != hash_family::external, "lsh_attention: decoding needs a hash of its own, not external bucket ids");
     return cache(hash, config, slots, capacity);
   }
-  /// The outputs of new rows, which follow what their slots hold; they are appended. Rows that begin a slot get what `forward` gives them with the
-  /// cache's directions and buckets; later ones, one after the other, see in each round the window around their place among the tokens there are
-  /// then. That is how the published models decode; except up to `exact_up_to` tokens it is not what a forward over the whole sequence gives,
-  /// because later tokens move the chunks. Throws as `attention::decode`.
+  /// The outputs of new rows, which follow what their slots hold; they are appended. Rows that begin a slot get what
+  /// `forward` gives them with the cache's directions and buckets (a slot's, if sequences have their own: slot s has
+  /// those of sequence s); later ones, one after the other, see in each round the window around their place among the
+  /// tokens there are then. That is how the published models decode; except up to `exact_up_to` tokens it is not what a
+  /// forward over the whole sequence gives, because later tokens move the chunks. Throws as `attention::decode`.
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     const shape out = output_shape(x);
     require_shape("lsh_attention", "y", y, out.rows, out.cols);
     const index_t T = x.rows(), H = config.heads, d = config.head_width;
-    c.tokens.check("lsh_attention", T, ctx, H, d);
+    c.check(config, T, ctx);
     const scratch<S> o(ctx, T, H * d);
     context inference = ctx;
     inference.train = false;
@@ -131,10 +132,11 @@ struct lsh_attention {
     for (index_t s = 0; s < sequences; ++s) {
       const index_t i = ctx.rows.begin(s), n = ctx.rows.end(s, T) - i;
       if (before[s] != 0 || n == 0) continue;
-      const scratch<bucket_t> ids(ctx, H * config.hash.rounds, n);
+      const auto ids = view(c.ids).slice_rows(c.list_row(ctx.slot(s), 0, 0), H * config.hash.rounds).slice_cols(0, n);
       const scratch<S> softmax(ctx, 2 * H, n);
-      attend(x.slice_rows(i, n), {o.view().slice_rows(i, n), softmax.view().slice_rows(0, H), softmax.view().slice_rows(H, H), ids}, {}, c.hash, false,
-             inference);
+      attend(x.slice_rows(i, n),
+             {o.view().slice_rows(i, n), softmax.view().slice_rows(0, H), softmax.view().slice_rows(H, H), ids}, {},
+             c.hash, true, inference);
     }
     ctx.exec->run(sequences * H, 1, [&](index_t first, index_t last) {
       for (index_t piece = first; piece < last; ++piece) {
@@ -151,7 +153,7 @@ struct lsh_attention {
   /// Appends x only.
   void fill(matrix_view<const S> x, cache& c, const context& ctx) const {
     output_shape(x);
-    c.tokens.check("lsh_attention", x.rows(), ctx, config.heads, config.head_width);
+    c.check(config, x.rows(), ctx);
     append(x, c, ctx);
     for (index_t s = 0; s < ctx.rows.count(); ++s) {
       const index_t slot = ctx.slot(s), end = c.tokens.tokens(slot), n = ctx.rows.end(s, x.rows()) - ctx.rows.begin(s);
@@ -194,15 +196,23 @@ struct lsh_attention {
     const scratch<bucket_t> ids(ctx, R, T);
     query_key.forward(x, q, ctx);
     value.forward(x, v, ctx);
-    const bucket_factors& f = c.hash.config.buckets;
-    const index_t n = R * c.hash.directions(f);
+    for (index_t s = 0; s < ctx.rows.count(); ++s) {
+      const index_t slot = ctx.slot(s);
+      if (ctx.rows.end(s, T) == ctx.rows.begin(s) || c.tokens.tokens(slot) != 0) continue;
+      c.began_hashed(slot) = ctx.rows.end(s, T) - ctx.rows.begin(s) > config.exact_up_to;
+      c.sequence[static_cast<std::size_t>(slot)] = slot;
+    }
     for (index_t h = 0; h < H; ++h) {
       const auto part = q.view().slice_cols(h * d, d);
-      c.hash.hash(part, view(c.hash.given).slice_rows(h * n, n), f, ids, ctx);
+      for (index_t s = 0; s < (c.alone() ? ctx.rows.count() : 1); ++s) {
+        const index_t i = c.alone() ? ctx.rows.begin(s) : 0, count = (c.alone() ? ctx.rows.end(s, T) : T) - i;
+        c.hash.hash(part.slice_rows(i, count), c.directions(ctx.slot(s), h), c.hash.config.buckets,
+                    ids.view().slice_cols(i, count), ctx);
+      }
       key_scales<S>(config.norm, part, scales.data());
       for (index_t s = 0; s < ctx.rows.count(); ++s) {
-        const index_t i = ctx.rows.begin(s), count = ctx.rows.end(s, T) - i, slot = ctx.slot(s), at = c.tokens.tokens(slot);
-        if (at == 0) c.began_hashed(slot) = count > config.exact_up_to;
+        const index_t i = ctx.rows.begin(s), count = ctx.rows.end(s, T) - i, slot = ctx.slot(s),
+                      at = c.tokens.tokens(slot);
         std::copy_n(scales.data() + i, count, c.scales.row(c.head_row(slot, h)).data() + at);
         for (index_t r = 0; r < R; ++r) std::copy_n(ids.row(r) + i, count, c.ids.row(c.list_row(slot, h, r)).data() + at);
       }

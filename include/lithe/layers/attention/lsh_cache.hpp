@@ -10,7 +10,9 @@ namespace lithe::inline LITHE_ABI {
 template <class S>
 struct lsh_cache {
   key_value_cache<S> tokens;   ///< queries stand where the keys would
-  token_hash<S> hash;          ///< with buckets and directions fixed
+  token_hash<S> hash;          ///< with buckets and directions fixed: of all slots one by one, if sequences have their own
+  std::vector<index_t> sequence;      ///< the slot in which the text of a slot began, and whose directions it has
+  std::vector<index_t> old_sequence;  // `permute` needs it
   matrix<S> scales;            ///< of the keys, [(place, head) x capacity]
   matrix<bucket_t> ids;        ///< [(place, head, round) x capacity]
   matrix<position_t> next, previous;  ///< the tokens behind and before it in its bucket, or -1, [(place, head, round) x capacity]
@@ -24,9 +26,13 @@ struct lsh_cache {
     const index_t padded = std::max<index_t>(1, (capacity + c.pad_to - 1) / c.pad_to) * c.pad_to;
     hash.config.buckets = hash.buckets("lsh_attention", padded, c.chunk);
     const index_t n = c.hash.rounds * hash.directions(hash.config.buckets), lists = slots * c.heads * c.hash.rounds, buckets = hash.config.buckets.total();
-    matrix<S> directions(c.heads * n, c.head_width);
-    for (index_t head = 0; n != 0 && head < c.heads; ++head)
-      hash.draw("lsh_attention", head, c.heads, 0, hash.config.buckets, view(directions).slice_rows(head * n, n), {});
+    const index_t sequences = alone() ? slots : 1;
+    matrix<S> directions(sequences * c.heads * n, c.head_width);
+    for (index_t i = 0; n != 0 && i < sequences * c.heads; ++i)
+      hash.draw("lsh_attention", i % c.heads, c.heads, i / c.heads, hash.config.buckets,
+                view(directions).slice_rows(i * n, n), {});
+    sequence.assign(static_cast<std::size_t>(slots), 0);
+    old_sequence = sequence;
     hash.given = std::move(directions);
     scales.resize(slots * c.heads, capacity);
     ids.resize(lists, capacity);
@@ -36,6 +42,23 @@ struct lsh_cache {
     for (auto* m : {&first, &last, &count}) m->setZero(lists, buckets);
   }
 
+  /// Throws, before anything has changed, unless the cache is one of such a layer and the T new rows that ctx describes
+  /// fit their slots.
+  void check(const lsh_attention_config& c, index_t T, const context& ctx) {
+    require<state_error>(hash.config.rounds == c.hash.rounds && hash.config.family == c.hash.family &&
+                             hash.config.sharing == c.hash.sharing,
+                         "lsh_attention: the cache is of another layer: expected ", c.hash.rounds,
+                         " rounds of the same hash, got ", hash.config.rounds);
+    tokens.check("lsh_attention", T, ctx, c.heads, c.head_width);
+  }
+  /// Whether each sequence has directions of its own.
+  [[nodiscard]] bool alone() const { return hash.config.sharing == direction_sharing::head_and_sequence; }
+  /// The directions of a head for the text of a slot.
+  [[nodiscard]] matrix_view<const S> directions(index_t slot, index_t head) const {
+    const index_t n = hash.config.rounds * hash.directions(hash.config.buckets),
+                  s = alone() ? sequence[static_cast<std::size_t>(slot)] : 0;
+    return view(hash.given).slice_rows((s * tokens.heads + head) * n, n);
+  }
   /// The row of `scales` for a head of a slot.
   [[nodiscard]] index_t head_row(index_t slot, index_t head) const { return place(slot) * tokens.heads + head; }
   /// The row of `ids` and of the lists for a round of a head of a slot.
@@ -79,13 +102,16 @@ struct lsh_cache {
     }
   }
 
+  /// Costs as much as the tokens that are forgotten.
   void truncate(index_t slot, index_t length) {
+    const index_t before = slot >= 0 && slot < static_cast<index_t>(tokens.length.size()) ? tokens.tokens(slot) : 0;
     tokens.truncate("lsh_attention", slot, length);
     const index_t lists = tokens.heads * hash.config.rounds;
-    for (index_t row = place(slot) * lists; row < (place(slot) + 1) * lists; ++row) {
-      count.row(row).setZero();
-      for (position_t t = 0; t < length; ++t) link(row, t);
-    }
+    for (index_t row = place(slot) * lists; row < (place(slot) + 1) * lists; ++row)
+      if (length == 0)
+        count.row(row).setZero();
+      else
+        for (auto t = static_cast<position_t>(before - 1); t >= length; --t) unlink(row, t);
   }
   void permute(std::span<const index_t> order) {
     const index_t H = tokens.heads, lists = H * hash.config.rounds;
@@ -97,9 +123,18 @@ struct lsh_cache {
       hashed[static_cast<std::size_t>(to)] = hashed[static_cast<std::size_t>(from)];
       for (auto* m : {&first, &last, &count}) m->middleRows(to * lists, lists) = m->middleRows(from * lists, lists);
     });
+    old_sequence.swap(sequence);
+    for (std::size_t i = 0; i < order.size(); ++i) sequence[i] = old_sequence[static_cast<std::size_t>(order[i])];
   }
 
  private:
+  /// Takes token t, the newest of a list, out of its bucket; it may be that a call which failed has not put it there.
+  void unlink(index_t row, position_t t) {
+    const bucket_t b = ids(row, t);
+    if (count(row, b) == 0 || last(row, b) != t) return;
+    last(row, b) = previous(row, t);
+    if (--count(row, b) > 0) next(row, last(row, b)) = -1;
+  }
   [[nodiscard]] index_t place(index_t slot) const { return tokens.place[static_cast<std::size_t>(slot)]; }
 };
 
