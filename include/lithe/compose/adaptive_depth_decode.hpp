@@ -145,11 +145,11 @@ class exit_step {
       model_.answers.answer(n, h, answer, ctx_);
       each_leaving([&](index_t i, index_t at) { std::copy_n(answer.row(at), logits_.cols(), logits_.row(row_[i])); });
     }
-    if (n == model_.exits())
-      each_leaving([&](index_t i, index_t) {
-        if (logits_.row_array(row_[i]).isNaN().any())
-          throw std::runtime_error(concat("adaptive_depth: the last exit's logits of slot ", slot_[i], " are not numbers"));
-      });
+    each_leaving([&](index_t i, index_t) {
+      if (!(logits_.row_array(row_[i]) > -std::numeric_limits<S>::infinity()).any())
+        throw std::runtime_error(
+            concat("adaptive_depth: no logit of exit ", n, " of slot ", slot_[i], " is a number above -infinity"));
+    });
     each_leaving([&](index_t i, index_t at) {
       const index_t s = slot_[i];
       exits_[static_cast<std::size_t>(row_[i])] = static_cast<std::int32_t>(n);
@@ -194,20 +194,24 @@ class exit_step {
 
 }  // namespace detail
 
-/// One step of decoding with an exit of its own for each row (arXiv 1910.10073, section 4; arXiv 2207.07061): the new rows x [R x D], one for each
-/// slot of ctx.slots, go up the blocks; who leaves after block n gets logits [R x V] from its classifier, and the others go on as a smaller batch.
-/// Block n makes the keys and values of positions that left below it from their copied states when the first row of their slot comes by (or at once,
-/// `exit_rule::eager`: the same values).
+/// One step of decoding with an exit of its own for each row (arXiv 1910.10073, section 4; arXiv 2207.07061): the new
+/// rows x [R x D], one for each slot of ctx.slots, go up the blocks; who leaves after block n gets logits [R x V] from
+/// its classifier, and the others go on as a smaller batch. Block n makes the keys and values of positions that left
+/// below it from their copied states when the first row of their slot comes by (or at once, `exit_rule::eager`: the
+/// same values).
 ///
-/// `exits` [R] from 1; `confidences` [R x N-1], unless empty, has 0 where nothing was tested. The values do not depend on who else is in the
-/// batch beyond rounding. Throws config_error for a model or a rule that does not fit, std::length_error when a slot is full, std::runtime_error when the last
-/// exit's logits are not numbers; the slots then have no row more than before (those that had already left keep theirs).
+/// `exits` [R] from 1; `confidences` [R x N-1], unless empty, has 0 where nothing was tested. The values do not depend
+/// on who else is in the batch beyond rounding. Throws config_error for a model or a rule that does not fit,
+/// std::length_error when a slot is full, std::runtime_error when no logit of a row that leaves is a number above
+/// -infinity; the slots then have no row more than before (those that had already left keep theirs). A row with a logit
+/// that is no number never leaves by its confidence.
 template <class Block, class Norm>
 void adaptive_step(const adaptive_depth<Block, Norm>& model, matrix_view<const typename Block::scalar> x, const detail::memory_of<Block>& m,
                    matrix_view<typename Block::scalar> logits, std::span<std::int32_t> exits, adaptive_cache<Block>& c, const exit_rule& rule,
                    const context& ctx, matrix_view<double> confidences = {}) {
   const index_t R = x.rows(), N = model.exits();
   detail::check_rule(model, rule);
+  detail::check_exits(model, c);
   require<config_error>(rule.kind != exit_confidence::fixed || rule.exits.size() <= 1 || static_cast<index_t>(rule.exits.size()) == c.slots(),
                         "exit_rule: expected an exit for each of ", c.slots(), " slots, or one for all, got ", rule.exits.size());
   require_features("adaptive_depth", model.features(), x);

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <numeric>
 #include <vector>
 
 #include "lithe/layers/cache.hpp"
+#include "lithe/layers/position_cache.hpp"
 #include "lithe/tensor/scratch.hpp"
 
 // V tokens of a vocabulary, a slot is one text's place in the cache
@@ -31,8 +31,9 @@ concept exit_decoding = token_decoder<M> && requires(const M& m, const typename 
   { c.exits[0] } -> std::convertible_to<std::int32_t>;
 };
 
-/// Texts that grow side by side in one cache: what every way to generate shares. All tokens of a text but its newest are in the cache; a text that
-/// outgrows the capacity goes on from its last half. Only the `live` slots take part in a step. Used through `generator` and `generate_by_beams`.
+/// Texts that grow side by side in one cache: what every way to generate shares. All tokens of a text but its newest
+/// are in the cache; a text that outgrows the capacity, or the learned positions of the model, goes on from its last
+/// half. Only the `live` slots take part in a step. Used through `generator` and `generate_by_beams`.
 template <token_decoder Model>
 class decoding_batch {
  public:
@@ -41,7 +42,8 @@ class decoding_batch {
   /// The model must outlive the batch.
   explicit decoding_batch(const Model& model) : model_(&model) {}
 
-  /// Takes the prompts, each into `copies` slots side by side, and reads them. Throws shape_error for an empty one.
+  /// Takes the prompts, each into `copies` slots side by side, and reads each once: the first of its slots is live, and
+  /// the others have a place in the cache that `permute` fills. Throws shape_error for an empty one.
   void start(std::span<const std::vector<token_t>> prompts, index_t copies, index_t capacity, const context& ctx) {
     for (std::size_t i = 0; i < prompts.size(); ++i)
       require<shape_error>(!prompts[i].empty(), "generator: prompt ", i, " is empty, expected at least one token");
@@ -51,11 +53,12 @@ class decoding_batch {
       texts_.insert(texts_.end(), static_cast<std::size_t>(copies), p);
       prompt_lengths_.insert(prompt_lengths_.end(), static_cast<std::size_t>(copies), p.size());
     }
+    capacity = std::min(capacity, longest_sequence(*model_));
     capacity_ = static_cast<std::size_t>(capacity);
     exits_.assign(texts_.size(), {});
     windows_.assign(texts_.size(), {});
-    live.resize(texts_.size());
-    std::iota(live.begin(), live.end(), index_t{0});
+    live.clear();
+    for (index_t s = 0; s < slots(); s += copies) live.push_back(s);
     cache_ = model_->make_cache(slots(), capacity);
     if (live.empty()) return;
     if constexpr (requires { model_->start(index_t{}, cache_); }) model_->start(static_cast<index_t>(prompts.size()), cache_);

@@ -7,11 +7,14 @@
 namespace lithe::inline LITHE_ABI {
 
 struct generator_config {
-  index_t capacity = 0;  ///< tokens of one text that the model sees; beyond them it goes on from the last half; 0 = the longest prompt and `most`
+  /// Tokens of one text that the model sees, never more than it has positions; beyond them it goes on from the last
+  /// half. 0 = the longest prompt and `most`.
+  index_t capacity = 0;
   sampling how{};
   std::vector<token_t> stop{};  ///< tokens that end a text; they stay in it
   index_t most = 0;             ///< tokens behind the prompt at most; 0 = no limit
-  index_t drafts = 0;           ///< models with exits: tokens that exit `draft_exit` drafts for the full model to check; 0 = no drafts
+  /// Models with exits: tokens, up to 63 in a round, that exit `draft_exit` drafts for the full model to check; 0 = none.
+  index_t drafts = 0;
   index_t draft_exit = 1;
 };
 
@@ -111,19 +114,24 @@ class generator {
   /// Room for texts of `length` tokens.
   void reserve(index_t length) { batch_.reserve(length); }
 
-  /// Appends one token, with drafts up to drafts + 1, to every text that is not over; the texts that still are not. `watch(text, logits)` sees each
-  /// row of logits from which a token is drawn (with drafts: the full model's).
+  /// Appends one token, with drafts up to drafts + 1, to every text that is not over; the texts that still are not.
+  /// `watch(text, logits)` sees each row of logits from which a token is drawn (with drafts: the full model's). Throws
+  /// what the model throws, and state_error for logits that are all NaN or -infinity; then the texts go on from another
+  /// `start` alone.
   template <class Watch = detail::watch_nothing>
   index_t step(const context& ctx, Watch&& watch = {}) {
     if constexpr (exit_decoding<Model>)
       if (config_.drafts > 0) return step_by_drafts(ctx, watch);
     const auto logits = batch_.decode_newest(ctx);
+    const scratch<token_t> next(ctx, logits.rows());
     for (index_t r = 0; r < logits.rows(); ++r) {
       const index_t i = batch_.live[static_cast<std::size_t>(r)];
       const std::span<const scalar> row(logits.row(r), static_cast<std::size_t>(logits.cols()));
       watch(i, row);
-      batch_.append(i, sample_token<scalar>(row, config_.how, draw(i, 0, 0), ctx), batch_.exit_of_row(r));
+      next[r] = sample_token<scalar>(row, config_.how, draw(i, 0, 0), ctx);
     }
+    for (index_t r = 0; r < logits.rows(); ++r)
+      batch_.append(batch_.live[static_cast<std::size_t>(r)], next[r], batch_.exit_of_row(r));
     return keep_going();
   }
 
@@ -165,7 +173,7 @@ class generator {
 
   /// Rows of each text in a round of drafts: none behind the last token that is wanted, or that the cache can hold.
   [[nodiscard]] index_t rows_of_round() const {
-    index_t U = config_.drafts + 1;
+    index_t U = std::min(config_.drafts, placed_cache::reserve - 1) + 1;  // all of them may have to be taken back
     for (const index_t i : batch_.live) {
       U = std::min(U, batch_.room(i));
       if (config_.most > 0) U = std::min(U, config_.most - static_cast<index_t>(batch_.continuation(i).size()));

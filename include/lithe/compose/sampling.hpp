@@ -24,6 +24,28 @@ struct sampling {
   }
 };
 
+namespace detail {
+
+/// Where the first of the largest logits stands; one that is no number is none of them. Throws state_error for logits
+/// that are all NaN or -infinity.
+template <class S>
+[[nodiscard]] std::size_t largest_logit(std::span<const S> logits) {
+  S largest = -std::numeric_limits<S>::infinity();
+  std::size_t best = 0;
+  for (std::size_t v = 0; v < logits.size(); ++v)
+    if (logits[v] > largest) largest = logits[best = v];
+  require<state_error>(largest > -std::numeric_limits<S>::infinity(), "sampling: no logit is a number above -infinity");
+  return best;
+}
+/// z - largest: 0 for those that are largest, +infinity too, and -infinity for a z that is no number.
+template <class S>
+[[nodiscard]] double below_largest(S z, S largest) {
+  if (z == largest) return 0;
+  return z < largest ? static_cast<double>(z) - static_cast<double>(largest) : -std::numeric_limits<double>::infinity();
+}
+
+}  // namespace detail
+
 /// The probabilities [V] by which tokens are drawn from a row of logits [V]; 0 for those that are cut. A logit that is no number has probability 0.
 /// Throws config_error for settings out of range, shape_error for no logits, state_error for logits that are all NaN or -infinity.
 template <class S>
@@ -31,17 +53,14 @@ void token_probabilities(std::span<const S> logits, const sampling& how, std::sp
   how.check();
   const auto V = static_cast<index_t>(logits.size());
   require<shape_error>(V > 0 && p.size() == logits.size(), "sampling: expected logits and as many probabilities, got ", V, " and ", p.size());
-  S largest = -std::numeric_limits<S>::infinity();
-  std::size_t best = 0;
-  for (std::size_t v = 0; v < logits.size(); ++v)
-    if (logits[v] > largest) largest = logits[best = v];
-  require<state_error>(largest > -std::numeric_limits<S>::infinity(), "sampling: no logit is a number above -infinity");
+  const std::size_t best = detail::largest_logit(logits);
+  const S largest = logits[best];
   std::fill(p.begin(), p.end(), 0.0);
   if (how.temperature == 0) {
     p[best] = 1;
     return;
   }
-  const auto weight = [&](S z) { return z == largest ? 1.0 : z < largest ? std::exp(static_cast<double>(z - largest) / how.temperature) : 0.0; };
+  const auto weight = [&](S z) { return std::exp(detail::below_largest(z, largest) / how.temperature); };
   const index_t k = how.top_k == 0 ? V : std::min(V, how.top_k);
   double total = 0;
   if (k == V && how.top_p == 1) {  // nothing to cut, so nothing to sort
@@ -55,6 +74,21 @@ void token_probabilities(std::span<const S> logits, const sampling& how, std::sp
     for (index_t i = 0; i < k && total < how.top_p * among; ++i) total += p[static_cast<std::size_t>(token[i])] = weight(value[i]);
   }
   for (double& x : p) x /= total;
+}
+
+/// log p [V] for p = softmax(logits); -infinity for a logit that is no number and, beside +infinity, for all that are
+/// finite. Throws as `token_probabilities` does.
+template <class S>
+void token_log_probabilities(std::span<const S> logits, std::span<double> log_p) {
+  require<shape_error>(!logits.empty() && log_p.size() == logits.size(),
+                       "sampling: expected logits and as many probabilities, got ", logits.size(), " and ",
+                       log_p.size());
+  const S largest = logits[detail::largest_logit(logits)];
+  double total = 0;
+  for (std::size_t v = 0; v < logits.size(); ++v)
+    total += std::exp(log_p[v] = detail::below_largest(logits[v], largest));
+  const double log_total = std::log(total);
+  for (double& x : log_p) x -= log_total;
 }
 
 /// The token at which the running sum of weights [V] passes u times their sum, for u in [0, 1).

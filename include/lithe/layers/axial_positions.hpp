@@ -99,6 +99,7 @@ struct axial_positions {
     });
   }
 
+  [[nodiscard]] index_t longest_sequence() const { return positions(); }  ///< all cells of the grid
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {who, slots, capacity}; }
   void decode(matrix_view<const S> x, matrix_view<S> y, cache& c, const context& ctx) const {
     const scratch<index_t> at(ctx, x.rows());

@@ -67,6 +67,10 @@ struct embedding {
     if (position.rows() > 0) scatter_add<S>({at.span(), ones.span(), 1}, d, g.position, ctx);
   }
 
+  /// As many tokens as there are learned positions; without them any number.
+  [[nodiscard]] index_t longest_sequence() const {
+    return position.rows() > 0 ? position.rows() : std::numeric_limits<index_t>::max();
+  }
   [[nodiscard]] cache make_cache(index_t slots, index_t capacity) const { return {"embedding", slots, capacity}; }
   void decode(input_type ids, matrix_view<S> y, cache& c, const context& ctx) const {
     const scratch<slot_t> at(ctx, output_shape(ids).rows);
