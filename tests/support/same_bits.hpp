@@ -33,7 +33,7 @@ void expect_same_bits_for_any_workers(const L& l, const matrix<typename L::scala
   using S = typename L::scalar;
   std::vector<std::pair<std::string, matrix<S>>> one;
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     context ctx = base;
     ctx.exec = &exec;

@@ -326,7 +326,7 @@ TEST(lsh_attention, same_bits_for_any_number_of_workers) {
     const offsets rows{0, 4100, 4105, 5000};
     const auto x = normal<float>(T, 6, 2), dy = normal<float>(T, 4, 3);
     const auto run = [&](index_t workers) {
-      const parallel_executor exec(workers);
+      const parallel_executor exec(workers, workers);
       context ctx;
       ctx.exec = &exec;
       ctx.rows = {rows};

@@ -240,7 +240,7 @@ TEST(decoding, same_bits_with_any_number_of_workers) {
   const auto m = make_model();
   decoded first;
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     const context ctx{.exec = &exec, .work = &work};
     const auto out = run(m, rule(exit_confidence::geometric, 0.55), starts, 12, -1, {}, ctx);

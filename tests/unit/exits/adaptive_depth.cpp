@@ -480,7 +480,7 @@ TEST(adaptive_depth, same_bits_with_any_number_of_workers) {
   for (std::size_t i = 0; i < 200; ++i) targets[i] = static_cast<token_t>(i % classes);
   matrix<double> first;
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     context ctx{.exec = &exec, .work = &work};
     ctx.rows = {offsets};
@@ -500,7 +500,7 @@ TEST(adaptive_stack, same_bits_with_any_number_of_workers_and_a_memory) {
   const memory_view<double> memory{rows, {memory_offsets}};
   std::vector<matrix<double>> first;
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     const context ctx{.exec = &exec, .work = &work, .key = {9}, .rows = {offsets}, .train = true};
     record_of<adaptive_stack<cross_block>> r;

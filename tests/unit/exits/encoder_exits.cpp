@@ -61,7 +61,7 @@ TEST(encoder_exits, same_bits_with_any_number_of_workers) {
   const auto m = make_model();
   result first;
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     context ctx = b.ctx;
     ctx.exec = &exec;

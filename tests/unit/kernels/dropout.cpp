@@ -40,7 +40,7 @@ TEST(dropout, chunks_of_rows_and_workers_draw_what_the_whole_draws) {
   ctx.key = {9};
   drop<float>(x, whole, 0.5, ctx.key, ctx);
   EXPECT_NEAR(whole.mean(), 2, 0.1);  // 11137 draws: five deviations
-  const parallel_executor exec(3);
+  const parallel_executor exec(3, 3);
   ctx.exec = &exec;
   for (index_t first = 0; first < 37; first += 5) {
     const index_t n = std::min<index_t>(5, 37 - first);

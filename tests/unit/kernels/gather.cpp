@@ -244,7 +244,7 @@ TYPED_TEST(gather_test, the_same_bits_with_any_number_of_workers) {
     std::vector<S> dw1;
     row_gradient<S> g1;
     for (const index_t workers : {1, 2, 7}) {
-      const parallel_executor exec(workers);
+      const parallel_executor exec(workers, workers);
       workspace work(exec);
       context ctx;
       ctx.exec = &exec;

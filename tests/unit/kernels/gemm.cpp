@@ -161,7 +161,7 @@ TYPED_TEST(gemm, has_the_same_bits_with_any_number_of_workers) {
     for (const auto& s : shapes) {
       matrix<S> first;
       for (const index_t workers : {1, 2, 7}) {
-        const parallel_executor exec(workers);
+        const parallel_executor exec(workers, workers);
         workspace work(exec);
         context ctx;
         ctx.exec = &exec;

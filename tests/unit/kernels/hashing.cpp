@@ -145,7 +145,7 @@ TEST(hashing, same_ids_for_any_workers_and_strides) {
   const matrix<float> wide = normal_matrix<float>(777, 24, 11), q = wide.middleCols(3, 16), a = normal_matrix<float>(4 * 24, 16, 12);
   const auto expected = rotations<float>(q, a, {16, 32}, 4);
   for (const index_t workers : {2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     context ctx;
     ctx.exec = &exec;
     matrix<bucket_t> ids(4, q.rows());

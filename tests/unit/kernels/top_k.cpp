@@ -164,7 +164,7 @@ TYPED_TEST(top_k_test, strided_rows_and_any_number_of_workers) {
   Eigen::Matrix<std::int32_t, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> indices(77, 50);
   for (index_t i = 0; i < big.size(); ++i) big.data()[i] = static_cast<S>(normal(rng_key{3}, static_cast<std::uint64_t>(i)));
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     context ctx;
     ctx.exec = &exec;

@@ -165,7 +165,7 @@ TEST(language_model, decoding_equals_the_full_pass) {
 
 TEST(language_model, the_same_bits_with_any_number_of_workers) {
   const auto trained = [](index_t workers) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     run r(small("memory", "after"));
     r.train(3, exec);
     return r.model;

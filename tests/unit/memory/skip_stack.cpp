@@ -116,7 +116,7 @@ TEST(skip_stack, concurrent_lookups_give_the_same_bits) {
   const auto x = input();
   const auto run = [&](index_t workers, bool concurrent) {
     m.concurrent = concurrent;
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     context ctx = sequences(offsets);
     ctx.exec = &exec;

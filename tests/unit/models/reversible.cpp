@@ -481,7 +481,7 @@ TEST(reversible_decoder, decoding_equals_the_full_pass) {
 TEST(reversible, the_same_bits_with_any_number_of_workers) {
   const auto x = random_matrix(300, 2 * D, 3), dy = random_matrix(300, 2 * D, 4);
   const auto run = [&](index_t workers) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     context ctx{.exec = &exec, .work = &work, .key = {5}, .train = true};
     const auto model = make_stack(2, [](std::size_t i) { return make_memory(i, 70); });

@@ -137,7 +137,7 @@ TEST(pairs, the_same_bits_with_any_number_of_workers_and_after_a_resume) {
     SCOPED_TRACE(name_of(c));
     const batch b = sequences(c, 0, 3);
     const auto trained = [&](int workers) {
-      const parallel_executor exec(workers);
+      const parallel_executor exec(workers, workers);
       trainer<model_type> t(c, make_model<double>(c));
       for (int i = 0; i < 2; ++i) t.train(b, 1e-2, {.exec = &exec});
       return t;
@@ -222,7 +222,7 @@ TEST(pairs, generate_what_the_full_pass_gives_by_every_exit_rule_and_with_any_nu
       generation out;
       std::vector<std::vector<double>> rows[2];
       for (const int workers : {1, 2}) {
-        const parallel_executor exec(workers);
+        const parallel_executor exec(workers, workers);
         std::vector<std::vector<double>> all[2];
         const auto g = generate(exit_decoder(words, decoder, {}, rule), prompts, {.how = {.temperature = 0}, .most = most}, {}, {.exec = &exec},
                                 [&](index_t i, std::span<const double> row) { all[i].emplace_back(row.begin(), row.end()); });

@@ -228,7 +228,7 @@ TEST(tensor_decomposition, same_bits_for_any_number_of_workers) {
   const matrix<double> wq = random(96, 130, 1), wk = random(96, 130, 2);
   decomposition first;
   for (const index_t workers : {1, 2, 7}) {
-    const parallel_executor exec(workers);
+    const parallel_executor exec(workers, workers);
     workspace work(exec);
     auto d = decompose(wq, wk, 4, {.rank = 40, .max_sweeps = 3}, {.exec = &exec, .work = &work});
     if (workers == 1) first = d;
