@@ -3,10 +3,11 @@
 
     torch_to_safetensors.py pytorch_model.bin model.safetensors
 
-Needs only PyTorch (Debian: apt-get install python3-torch). The model may lie inside other things, as training programs save it: the one
-mapping of names to tensors below "state_dict", "model", "module" and the like is taken. Where there are several (a model and its moving
-average), --key chooses one by the path that the program prints. What is left out is said. Tensors that share their memory (tied weights) are
-written under each of their names. Files are read as data alone; --trust also runs the code that a file may contain: only for files that you trust.
+Needs only PyTorch (Debian: apt-get install python3-torch). The model may lie inside other things, as training
+programs save it: the one mapping of names to tensors below "state_dict", "model", "module" and the like is taken.
+Where there are several (a model and its moving average), --key chooses one by the path that the program prints. What
+is left out is said. Tensors that share their memory (tied weights) are written under each of their names. Files are
+read as data alone; --trust also runs the code that a file may contain: only for files that you trust.
 """
 import argparse
 import json
@@ -16,10 +17,10 @@ import re
 import struct
 import sys
 
-NESTED = ("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "params", "weights", "ema", "model_ema",
-          "state_dict_ema", "teacher", "student")
-TYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-         "uint8": "U8", "bool": "BOOL"}
+NESTED = ("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "params", "weights",
+          "ema", "model_ema", "state_dict_ema", "teacher", "student")
+TYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+         "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
 
 class Refusal(Exception):
@@ -70,7 +71,7 @@ def at_path(checkpoint, path):
 
 
 def candidates(mapping, is_tensor, path="", depth=0):
-    """[(path, mapping)] of the state dicts in a checkpoint: mappings of tensors below the usual names; of one that lies in another the outer."""
+    """[(path, mapping)] of the state dicts in a checkpoint: the innermost mappings of tensors below the usual names."""
     found = []
     for key, value in mapping.items():
         value = unwrapped(value)
@@ -88,18 +89,20 @@ def candidates(mapping, is_tensor, path="", depth=0):
 def holds_tensors(value, is_tensor, depth=0):
     """Whether tensors lie in a mapping, however deep."""
     value = unwrapped(value)
-    return is_mapping(value) and depth < 8 and any(is_tensor(v) or holds_tensors(v, is_tensor, depth + 1) for v in value.values())
+    return is_mapping(value) and depth < 8 and any(
+        is_tensor(v) or holds_tensors(v, is_tensor, depth + 1) for v in value.values())
 
 
 def choose(checkpoint, is_tensor, path=None):
-    """(path, state dict, names of its entries that are no tensors). Throws Refusal where there is none, or more than one."""
+    """(path, state dict, names of its entries that are no tensors). Raises Refusal where there is none or several."""
     checkpoint = unwrapped(checkpoint)
     if not is_mapping(checkpoint):
         raise Refusal(f"expected a state dict, found a {type(checkpoint).__name__}")
     if path is not None:
         chosen = at_path(checkpoint, path)
         if not is_mapping(chosen):
-            raise Refusal(f"--key {path}: expected a mapping of tensors there; there is:\n{listing(checkpoint, is_tensor)}")
+            raise Refusal(f"--key {path}: expected a mapping of tensors there; there is:\n"
+                          f"{listing(checkpoint, is_tensor)}")
     else:
         found = candidates(checkpoint, is_tensor)
         tensors = [key for key, value in checkpoint.items() if is_tensor(value)]
@@ -112,17 +115,19 @@ def choose(checkpoint, is_tensor, path=None):
         elif tensors and not nested:
             path, chosen = "", checkpoint
         else:
-            raise Refusal("expected a state dict, alone or as 'state_dict', 'model', ...; choose by --key (--key '' for the whole); there is:\n" +
-                          listing(checkpoint, is_tensor))
+            raise Refusal("expected a state dict, alone or as 'state_dict', 'model', ...; choose by --key (--key '' "
+                          f"for the whole); there is:\n{listing(checkpoint, is_tensor)}")
     if not any(is_tensor(value) for value in chosen.values()):
-        raise Refusal(f"expected tensors{' at ' + path if path else ''}, found none; there is:\n{listing(chosen, is_tensor)}")
+        raise Refusal(f"expected tensors{' at ' + path if path else ''}, found none; there is:\n"
+                      f"{listing(chosen, is_tensor)}")
     return path, chosen, [str(key) for key, value in chosen.items() if not is_tensor(value)]
 
 
 def load_refusal(error):
     """The sentence for a file that torch.load does not read."""
     text = str(error)
-    damaged = any(sign in text for sign in ("invalid load key", "truncated", "EOF", "Ran out of input", "central directory"))
+    signs = ("invalid load key", "truncated", "EOF", "Ran out of input", "central directory")
+    damaged = any(sign in text for sign in signs)
     if isinstance(error, pickle.UnpicklingError) and not damaged:
         named = re.search(r"(?:class|GLOBAL) ([\w.]+)", text)
         kind = named.group(1) if named else "options as argparse.Namespace, a whole module, ..."
@@ -132,7 +137,7 @@ def load_refusal(error):
 
 
 def layout(tensors, type_of):
-    """[(name, tensor, type)] in the order of the file: larger elements first, so that all data are aligned without gaps."""
+    """[(name, tensor, type)] in the order of the file: larger elements first, so that data are aligned without gaps."""
     rows = []
     for name, tensor in tensors.items():
         kind = type_of(tensor)
@@ -200,7 +205,8 @@ def main():
     parser.add_argument("target")
     parser.add_argument("--key", help="where the model lies in the checkpoint, for example 'model' or 'state/ema'")
     parser.add_argument("--strip", default="", help="a prefix to take off the names, for example 'module.'")
-    parser.add_argument("--trust", action="store_true", help="read files that hold more than tensors, which may run code of the file")
+    parser.add_argument("--trust", action="store_true",
+                        help="read files that hold more than tensors, which may run code of the file")
     arguments = parser.parse_args()
     import torch
 

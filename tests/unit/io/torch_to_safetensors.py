@@ -1,4 +1,4 @@
-"""What examples/import/torch_to_safetensors.py chooses from a checkpoint, says and writes. Needs no PyTorch; with it, real files are read too."""
+"""What examples/import/torch_to_safetensors.py chooses, says and writes. With PyTorch real files are read, too."""
 import argparse
 import importlib.util
 import json
@@ -67,8 +67,9 @@ class Choice(unittest.TestCase):
         for key in ("state_dict", "model", "model_state_dict", "module", "params"):
             self.assertEqual(self.chosen({"epoch": 3, key: self.weights, "best_acc1": Tensor()}), (key, []))
         self.assertEqual(self.chosen({"model": Module(self.weights), "args": argparse.Namespace(lr=1)}), ("model", []))
-        self.assertEqual(self.chosen({"state_dict": {"model": self.weights}, "optimizer": {"state": {0: {"exp_avg": Tensor()}}}}),
-                         ("state_dict/model", []))
+        optimizer = {"state": {0: {"exp_avg": Tensor()}}}
+        deeper = {"state_dict": {"model": self.weights}, "optimizer": optimizer}
+        self.assertEqual(self.chosen(deeper), ("state_dict/model", []))
 
     def test_several_models_are_a_refusal_and_a_key_chooses(self):
         checkpoint = {"model": {"w": Tensor()}, "state_dict": self.weights, "epoch": 1}
@@ -105,17 +106,19 @@ class Choice(unittest.TestCase):
 
     def test_tied_tensors_are_found(self):
         tied = Tensor()
-        self.assertEqual(script.shared({"a": tied, "b": Tensor(), "c": tied, "d": None}, lambda t: None if t is None else id(t)), [["a", "c"]])
+        tensors = {"a": tied, "b": Tensor(), "c": tied, "d": None}
+        self.assertEqual(script.shared(tensors, lambda t: None if t is None else id(t)), [["a", "c"]])
 
     def test_a_file_of_more_than_tensors_is_a_sentence_that_names_the_option(self):
         for text in ("Weights only load failed.\nGLOBAL argparse.Namespace was not an allowed global by default.",
-                     "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed. "
+                     "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` may do. "
                      "Unsupported class argparse.Namespace"):
             said = script.load_refusal(pickle.UnpicklingError(text))
             self.assertIn("--trust", said)
             self.assertIn("argparse.Namespace", said)
             self.assertNotIn("\n", said)
-        for error in (pickle.UnpicklingError("invalid load key, '<'."), EOFError("Ran out of input"), RuntimeError("failed finding central directory")):
+        for error in (pickle.UnpicklingError("invalid load key, '<'."), EOFError("Ran out of input"),
+                      RuntimeError("failed finding central directory")):
             self.assertNotIn("--trust", script.load_refusal(error))
 
     def test_the_file_is_written_whole_or_not_at_all(self):
@@ -150,7 +153,8 @@ class Files(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             source, target = os.path.join(folder, "x.pth"), os.path.join(folder, "x.safetensors")
             torch.save(checkpoint, source)
-            done = subprocess.run([sys.executable, SCRIPT, source, target, *options], capture_output=True, text=True, check=False)
+            command = [sys.executable, SCRIPT, source, target, *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             self.assertNotIn("Traceback", done.stderr)
             self.assertEqual(done.returncode == 0, os.path.exists(target))
             if done.returncode != 0:
@@ -159,17 +163,20 @@ class Files(unittest.TestCase):
                 text = file.read()
             length = struct.unpack("<Q", text[:8])[0]
             header = json.loads(text[8:8 + length])
-            return done.stdout, {name: (entry, text[8 + length:][slice(*entry["data_offsets"])]) for name, entry in header.items() if name != "__metadata__"}
+            del header["__metadata__"]
+            data = text[8 + length:]
+            return done.stdout, {name: (entry, data[slice(*entry["data_offsets"])]) for name, entry in header.items()}
 
     def test_a_training_checkpoint_becomes_its_model(self):
         weight = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-        said, tensors = self.run_script({"epoch": 3, "best_acc1": torch.tensor(0.5),
-                                         "state_dict": {"w": weight, "t": weight.t(), "tied": weight, "h": weight.bfloat16(), "n": 3}})
+        state = {"w": weight, "t": weight.t(), "tied": weight, "h": weight.bfloat16(), "n": 3}
+        said, tensors = self.run_script({"epoch": 3, "best_acc1": torch.tensor(0.5), "state_dict": state})
         self.assertEqual(sorted(tensors), ["h", "t", "tied", "w"])
         self.assertEqual(tensors["t"][0]["shape"], [3, 2])
         self.assertEqual(tensors["t"][1], weight.t().contiguous().numpy().tobytes())
         self.assertEqual(tensors["h"][0]["dtype"], "BF16")
-        for part in ("4 tensors", "from 'state_dict'", "left out beside it: epoch, best_acc1", "left out, no tensors: n", "not contiguous, written row by row: t",
+        for part in ("4 tensors", "from 'state_dict'", "left out beside it: epoch, best_acc1",
+                     "left out, no tensors: n", "not contiguous, written row by row: t",
                      "one tensor, written under each of its names: w, tied"):
             self.assertIn(part, said)
 
@@ -181,7 +188,8 @@ class Files(unittest.TestCase):
         self.assertEqual(list(self.run_script(checkpoint, "--trust")[1]), ["w"])
 
     def test_refusals_are_sentences(self):
-        self.assertIn("--key model", self.run_script({"model": {"w": torch.ones(2)}, "state_dict": {"v": torch.ones(2)}})[0])
+        two = {"model": {"w": torch.ones(2)}, "state_dict": {"v": torch.ones(2)}}
+        self.assertIn("--key model", self.run_script(two)[0])
         self.assertIn("'w'", self.run_script({"w": torch.ones(2, dtype=torch.complex64)})[0])
         self.assertIn("sparse", self.run_script({"w": torch.ones(2, 2).to_sparse()})[0])
 
