@@ -70,8 +70,8 @@ void project_new_sources(const cross_attention<S>& l, memory_view<S> m, cross_ca
     }
   };
   each([&](index_t begin, index_t n, index_t at) { x.view().slice_rows(at, n).map() = m.x.slice_rows(begin, n).map(); });
-  l.key.forward(x, k, ctx);
-  l.value.forward(x, v, ctx);
+  l.key.forward(x, k, ctx.position_wise());
+  l.value.forward(x, v, ctx.position_wise());
   each([&](index_t begin, index_t n, index_t at) {
     for (index_t h = 0; h < l.config.key_value_heads; ++h) {
       const index_t to = (begin * l.config.key_value_heads + h * n) * W;
