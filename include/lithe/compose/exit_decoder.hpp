@@ -58,6 +58,8 @@ class exit_decoder {
   }
   /// One new token for each slot of ctx.slots: logits [R x V], and c.exits.
   void decode(std::span<const token_t> ids, matrix_view<S> logits, cache& c, const context& ctx) const {
+    require<shape_error>(ids.size() <= c.exits.size(), "exit_decoder: expected a token for each of at most ", c.exits.size(),
+                         " slots, got ", ids.size());
     const scratch<S> x(ctx, logits.rows(), features());
     whole(c, ctx, [&] {
       lithe::decode(*embed_, ids, x.view(), c.tokens, ctx);

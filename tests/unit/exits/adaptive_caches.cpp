@@ -104,6 +104,9 @@ TEST(adaptive_cache, of_an_exit_decoder_keeps_tokens_and_states_together_when_it
   for (token_t t = 0; t < 1000; ++t) ids.push_back(t * t % classes);
   decoder.fill(ids, c, {});
   for (const index_t slot : {-1, 1}) EXPECT_THROW(decoder.truncate(c, slot, 0), index_error);
+  const offsets two{0, 1, 2};
+  matrix<double> logits(2, classes);
+  EXPECT_THROW(decoder.decode(std::vector<token_t>{1, 2}, logits, c, {.rows = {two}}), shape_error);
   for (const index_t n : {-1, 5, 1001}) EXPECT_THROW(decoder.truncate(c, 0, n), index_error);
   EXPECT_EQ(c.tokens.length, (offsets{1000}));
   EXPECT_EQ(c.states.length, (offsets{1000}));
