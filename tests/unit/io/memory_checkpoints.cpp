@@ -254,7 +254,7 @@ TEST(memory_checkpoints, queries_are_normalised_with_the_published_constants) {
           }
         EXPECT_LT((y - z).cwiseAbs().maxCoeff(), 1e-12) << static_cast<int>(kind) << " " << epsilon << " " << deviation;
       }
-  EXPECT_THROW(query_network<double>(6, 1, 2, 3, {.norm = query_normalisation::rms, .epsilon = 0}, {1}), config_error);
+  EXPECT_THROW(query_network<double>(6, 1, 2, 3, {.norm = query_normalisation::rms, .epsilon = -1}, {1}), config_error);
   auto c = smaller(peer_experts(10));
   c.input_epsilon = 0;
   EXPECT_THROW(memory(c, {1}), config_error);
