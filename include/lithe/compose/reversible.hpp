@@ -6,20 +6,22 @@
 // T tokens, D features of one stream
 namespace lithe::inline LITHE_ABI {
 
-/// Reversible residual block (arXiv 1707.04585, equations 6 and 7) over two layers that keep the shape of a stream. x = [x₁ | x₂] and y
-/// are [T x 2D], the streams side by side:
+/// Reversible residual block (arXiv 1707.04585, equations 6 and 7) over two layers that keep the shape of a stream. x =
+/// [x₁ | x₂] and y are [T x 2D], the streams side by side:
 ///
 ///     y₁ = x₁ + F(x₂),   y₂ = x₂ + G(y₁);      x₂ = y₂ - G(y₁),   x₁ = y₁ - F(x₂)
 ///
-/// so backward needs neither x nor anything computed from it: the record holds the choices of F and G and one key, and `reverse` computes
-/// F and G again with them. More parts go on alternating, and an odd number of them ends with the streams swapped, so that the next block
-/// begins with the other one: reversible<self, cross, feed> is the decoder block of arXiv 2001.04451, z = [y₂ | y₁ + feed(y₂)]. With a
-/// part that needs a memory (cross-attention) the block is a `conditioned_layer`.
+/// so backward needs neither x nor anything computed from it: the record holds the choices of F and G and one key, and
+/// `reverse` computes F and G again with them. More parts go on alternating, and an odd number of them ends with the
+/// streams swapped, so that the next block begins with the other one: reversible<self, cross, feed> is the decoder
+/// block of arXiv 2001.04451, z = [y₂ | y₁ + feed(y₂)]. With a part that needs a memory (cross-attention) the block is
+/// a `conditioned_layer`.
 ///
-/// Position-wise parts are computed `chunk` rows at a time (0: all at once), so that no [T x hidden] matrix exists; the values do
-/// not depend on it. A loss that a part adds of its own accord is the mean of its chunks' losses, each weighted by its rows; that is the loss of all
-/// rows at once but for products of means (balance of experts), which are of each chunk. Throws shape_error, config_error for batch norm
-/// in training, state_error for the record of another call.
+/// Position-wise parts are computed `chunk` rows at a time (0: all at once), so that no [T x hidden] matrix exists; the
+/// values do not depend on it. A loss that a part adds of its own accord is the mean of its chunks' losses, each
+/// weighted by its rows; that is the loss of all rows at once but for products of means (balance of experts), which are
+/// of each chunk. Throws shape_error, config_error for batch norm in training, state_error for the record of another
+/// call.
 template <class... F>
 struct reversible {
   static_assert(sizeof...(F) > 0, "lithe: a reversible block needs at least one part.");

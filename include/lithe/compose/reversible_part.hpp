@@ -88,9 +88,10 @@ template <class L>
 [[nodiscard]] std::size_t count_chunks(index_t rows, index_t chunk) {
   return goes_whole<L>(rows, chunk) ? 1 : static_cast<std::size_t>((rows + chunk - 1) / chunk);
 }
-/// f(first row, rows, number of the chunk, its context, its share of the call). A layer's own loss is a mean over the rows it is given, so each
-/// chunk's is weighted by the share: the mean of all chunks' losses, whatever their size. Losses that are not linear in the rows (the balance of
-/// experts: a product of two means) are balances within chunks then, as those of micro-batches are.
+/// f(first row, rows, number of the chunk, its context, its share of the call). A layer's own loss is a mean over the
+/// rows it is given, so each chunk's is weighted by the share: the mean of all chunks' losses, whatever their size.
+/// Losses that are not linear in the rows (the balance of experts: a product of two means) are balances within chunks
+/// then, as those of micro-batches are.
 template <class L, class F>
 void each_chunk(index_t rows, index_t chunk, const context& ctx, F&& f) {
   if (goes_whole<L>(rows, chunk)) return f(index_t{0}, rows, std::size_t{0}, ctx, 1.0);

@@ -18,9 +18,10 @@ struct context {
   segments rows{};                             ///< where sequences begin
   std::span<const std::uint8_t> mask{};        ///< one byte a row, 0 = padding; imported models only
   std::span<const index_t> slots{};            ///< decoding: the cache slot of each sequence; none: 0, 1, 2, ...
-  /// backward adds this times the gradient of the layers' own losses (layers/record.hpp), which are means over the rows of a call. A batch that goes
-  /// through in parts (micro-batches) whose gradients are summed wants each part's rows / all rows here, and `auxiliary_loss` times the same in the
-  /// total; 1 in each part if the sum of the gradients is divided by the number of parts.
+  /// backward adds this times the gradient of the layers' own losses (layers/record.hpp), which are means over the rows
+  /// of a call. A batch that goes through in parts (micro-batches) whose gradients are summed wants each part's rows /
+  /// all rows here, and `auxiliary_loss` times the same in the total; 1 in each part if the sum of the gradients is
+  /// divided by the number of parts.
   double auxiliary = 1;
   bool train = false;                          ///< dropout draws, batch norm uses batch statistics
   bool replay = false;                         ///< forward keeps the choices in its record instead of choosing again
@@ -47,7 +48,8 @@ struct context {
     if (!mask.empty()) c.mask = mask.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
     return c;
   }
-  /// The same, and `auxiliary` times the chunk's share of the rows of the whole call that are no padding: own losses are means over the call.
+  /// The same, and `auxiliary` times the chunk's share of the rows of the whole call that are no padding: own losses
+  /// are means over the call.
   [[nodiscard]] context chunk(index_t first, index_t n, double share) const {
     context c = chunk(first, n);
     c.auxiliary *= share;

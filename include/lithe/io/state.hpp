@@ -18,8 +18,9 @@ struct any_visitor {
   template <class T>
   void operator()(const std::string&, T&&) const {}
 };
-/// An optimiser, a schedule: t.visit_state(f) calls f(name, x) for all its tensors, numbers and nested states, members that live on. The f of a
-/// `state_reader` also answers f.contains(name), and runs f.then(action) when it loads: what a state holds may depend on what the file holds.
+/// An optimiser, a schedule: t.visit_state(f) calls f(name, x) for all its tensors, numbers and nested states, members
+/// that live on. The f of a `state_reader` also answers f.contains(name), and runs f.then(action) when it loads: what a
+/// state holds may depend on what the file holds.
 template <class T>
 concept visits_state = requires(T& t) {
   t.visit_state(any_visitor{});
@@ -34,7 +35,9 @@ concept row_table = requires(const T& t, index_t i, std::span<typename T::scalar
 };
 
 /// "state.part", or the part of a state without a name.
-inline std::string part_name(const std::string& state, const std::string& part) { return state.empty() ? part : state + "." + part; }
+inline std::string part_name(const std::string& state, const std::string& part) {
+  return state.empty() ? part : state + "." + part;
+}
 
 }  // namespace detail
 
@@ -189,7 +192,9 @@ class state_reader {
     void operator()(const std::string& part, T&& x) const {
       reader.add(detail::part_name(state, part), x);
     }
-    [[nodiscard]] bool contains(const std::string& part) const { return reader.file_.contains(detail::part_name(state, part)); }
+    [[nodiscard]] bool contains(const std::string& part) const {
+      return reader.file_.contains(detail::part_name(state, part));
+    }
     void then(std::function<void()> action) const { reader.writes_.emplace_back(std::move(action)); }
   };
 

@@ -49,8 +49,8 @@ void attend_few(matrix_view<const S> q, const S* k, const S* v, const index_t* v
   // o of m queries from i on = Σ p v over keys from `first` up to `last`, added to what it is unless `first` is 0
   const auto sum_values = [&](index_t i, index_t m, index_t first, index_t last) {
     for (index_t j = first; j == 0 || j < last; j += longest)
-      product<S>(m, W, std::min(longest, last - j), by_rows<S>{scores.row(i) + j, stride}, v + j * W, W, o.row(i), o.stride(),
-                 j == 0 ? nullptr : ones.data());
+      product<S>(m, W, std::min(longest, last - j), by_rows<S>{scores.row(i) + j, stride}, v + j * W, W, o.row(i),
+                 o.stride(), j == 0 ? nullptr : ones.data());
   };
   sum_values(0, M, 0, shared);
   for (index_t i = 1; i < M; ++i)

@@ -40,7 +40,8 @@ void causal_conv(matrix_view<const S> x, matrix_view<const S> w, matrix_view<S> 
 template <class S>
 void causal_conv_backward(matrix_view<const S> x, matrix_view<const S> w, matrix_view<const S> dy, matrix_view<S> dx, matrix_view<S> dw,
                           const context& ctx) {
-  constexpr index_t columns = 64, block = 128;  // sums run over blocks of rows and these in double, so that a float sum over a million stays close
+  // Sums run over blocks of rows and these in double, so that a float sum over a million rows stays close.
+  constexpr index_t columns = 64, block = 128;
   const index_t W = w.rows(), D = x.cols();
   ctx.exec->run(x.rows(), detail::grain_rows(W * D), [&](index_t first, index_t last) {
     detail::each_row_of_segment(first, last, x.rows(), ctx.rows, [&](index_t s, index_t, index_t end) {

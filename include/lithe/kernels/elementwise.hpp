@@ -25,16 +25,19 @@ void subtract(matrix_view<const S> x, matrix_view<S> y, const context& ctx) {
                 [&](index_t first, index_t last) { y.slice_rows(first, last - first).map() -= x.slice_rows(first, last - first).map(); });
 }
 
-/// sums += the sum of the rows of x, sums [1 x cols]. Rows are added in blocks and these in double, so that a float sum over a million rows stays
-/// close to the double one; columns are shared out, so the order never depends on the workers.
+/// sums += the sum of the rows of x, sums [1 x cols]. Rows are added in blocks and these in double, so that a float sum
+/// over a million rows stays close to the double one; columns are shared out, so the order never depends on the
+/// workers.
 template <class S>
 void add_row_sums(matrix_view<const S> x, matrix_view<S> sums, const context& ctx) {
   constexpr index_t columns = 64, block = 128;
   ctx.exec->run(x.cols(), columns, [&](index_t first, index_t last) {
     using row = Eigen::Matrix<double, 1, Eigen::Dynamic, Eigen::RowMajor, 1, columns>;
     row total = row::Zero(last - first);
-    for (index_t t = 0; t < x.rows(); t += block)
-      total += x.slice_rows(t, std::min(block, x.rows() - t)).slice_cols(first, last - first).map().colwise().sum().template cast<double>();
+    for (index_t t = 0; t < x.rows(); t += block) {
+      const auto part = x.slice_rows(t, std::min(block, x.rows() - t)).slice_cols(first, last - first).map();
+      total += part.colwise().sum().template cast<double>();
+    }
     sums.slice_cols(first, last - first).map() += total.template cast<S>();
   });
 }

@@ -42,7 +42,7 @@ void sum_packets(const S* table, index_t stride, const slot_t* index, const S* w
                  bool stream) {
   using namespace Eigen::internal;
   using packet = typename packet_traits<S>::type;
-  constexpr index_t lanes = packet_traits<S>::size, distance = 8;
+  constexpr index_t lanes = packet_traits<S>::size, distance = 8, bytes = V * lanes * static_cast<index_t>(sizeof(S));
   // With few registers the sums live in the first-level cache, and taking four rows at once saves their loads and stores.
   constexpr int R = V <= EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS / 2 ? 1 : 4;
   index_t j = 0;
@@ -55,7 +55,7 @@ void sum_packets(const S* table, index_t stride, const slot_t* index, const S* w
       packet w[R];
       int r = 0;
       for (; j < end && r < R; ++j) {
-        if (j + distance < ahead) prefetch<V * lanes * static_cast<index_t>(sizeof(S))>(table + std::max<index_t>(0, index[j + distance]) * stride);
+        if (j + distance < ahead) prefetch<bytes>(table + std::max<index_t>(0, index[j + distance]) * stride);
         if (index[j] < 0) continue;
         row[r] = table + index[j] * stride;
         w[r++] = pset1<packet>(weight[j]);

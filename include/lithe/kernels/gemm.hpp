@@ -58,19 +58,23 @@ const S* panel_after(const product<S>& p, index_t j, index_t k0, index_t first_c
 }
 
 template <class S>
-void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx);
+void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols,
+                    const context& ctx);
 
-/// One piece of a product with few rows, which visits c every few terms: sums that are long enough are closed apart from c.
+/// One piece of a product with few rows, which visits c every few terms: sums that are long enough are closed apart
+/// from c.
 template <class S>
-void multiply_long(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols, const context& ctx) {
+void multiply_long(const product<S>& p, index_t first_row, index_t rows, index_t first_col, index_t cols,
+                   const context& ctx) {
   const scratch<S> part(ctx, rows, cols);
   start<S> begin = p.begin.at(first_row, first_col);
   S* const c = p.c + first_row * p.c_stride + first_col;
   for (index_t k0 = 0; k0 < p.depth; k0 += longest_sum, begin = {c, p.c_stride}) {
     const S* const a = p.a + first_row * p.a_row + k0 * p.a_k;
-    multiply_piece<S>({rows, cols, std::min(longest_sum, p.depth - k0), a, p.a_row, p.a_k, p.b + k0 * p.b_stride + first_col, p.b_stride,
-                       p.b_storage, part.data(), cols, {}},
-                      0, rows, 0, cols, ctx);
+    const S* const b = p.b + k0 * p.b_stride + first_col;
+    const index_t depth = std::min(longest_sum, p.depth - k0);
+    multiply_piece<S>({rows, cols, depth, a, p.a_row, p.a_k, b, p.b_stride, p.b_storage, part.data(), cols, {}}, 0,
+                      rows, 0, cols, ctx);
     for (index_t i = 0; i < rows; ++i)
       for (index_t j = 0; j < cols; ++j)
         c[i * p.c_stride + j] = (begin.from != nullptr ? begin.from[i * begin.row + j] : S(0)) + part.row(i)[j];
@@ -89,8 +93,8 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
       for (constexpr index_t step = P * shape::width; cols >= step; first_col += step, cols -= step)
         for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += panel_depth) {
           const start<S> begin = k0 != 0 ? start<S>{p.c, 0} : p.begin;
-          multiply_row<P>(std::min(p.depth - k0, panel_depth), p.a + k0, p.b + first_col * p.depth + k0 * shape::width, p.depth * shape::width,
-                          p.c + first_col, begin.at(0, first_col));
+          multiply_row<P>(std::min(p.depth - k0, panel_depth), p.a + k0, p.b + first_col * p.depth + k0 * shape::width,
+                          p.depth * shape::width, p.c + first_col, begin.at(0, first_col));
         }
     };
     whole_panels(std::integral_constant<int, 4>{});

@@ -28,8 +28,8 @@ struct tile_shape {
   static constexpr index_t width = vectors * lanes;  // 64 floats with AVX-512, 16 with AVX2
 };
 
-/// What a product is added to: row i, column j at `from[i * row + j]`, or zero. c itself, when the product is added to it; with row = 0 one row
-/// for all.
+/// What a product is added to: row i, column j at `from[i * row + j]`, or zero. c itself, when the product is added to
+/// it; with row = 0 one row for all.
 template <class S>
 struct start {
   const S* from = nullptr;
@@ -45,8 +45,9 @@ struct read_ahead {
   bool row = false;
 };
 
-/// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k * a_k],
-/// b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k from zero, then added to begin, whatever R and V are.
+/// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k *
+/// a_k], b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k from zero, then added
+/// to begin, whatever R and V are.
 template <class S, int R, int V>
 void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, start<S> begin,
                    read_ahead next) {
@@ -148,8 +149,8 @@ void multiply_panel(int vectors, index_t rows, index_t depth, const S* a, index_
   }
 }
 
-/// c = begin + Σ_k a[k] b(k, :) for one row of a and P whole panels, [depth x width] of each, `panel` numbers apart: as many streams keep more
-/// of the memory's requests in flight. The bits are those of multiply_tile.
+/// c = begin + Σ_k a[k] b(k, :) for one row of a and P whole panels, [depth x width] of each, `panel` numbers apart: as
+/// many streams keep more of the memory's requests in flight. The bits are those of multiply_tile.
 template <int P, class S>
 void multiply_row(index_t depth, const S* a, const S* b, index_t panel, S* c, start<S> begin) {
   using namespace Eigen::internal;

@@ -24,8 +24,9 @@ S fold(const typename tile_shape<S>::packet& p) {
   }
 }
 
-/// c[i * c_row + j] = begin + Σ_k a[i * a_row + k] w[j * w_row + k] for R rows of a and N rows of w. The bits of an element
-/// depend on neither R nor N: packets of partial sums, folded now and then, and the terms after the last whole packet.
+/// c[i * c_row + j] = begin + Σ_k a[i * a_row + k] w[j * w_row + k] for R rows of a and N rows of w. The bits of an
+/// element depend on neither R nor N: packets of partial sums, folded now and then, and the terms after the last whole
+/// packet.
 template <class S, int R, int N>
 void dot_tile(index_t depth, const S* a, index_t a_row, const S* w, index_t w_row, S* c, index_t c_row, start<S> begin) {
   using namespace Eigen::internal;

@@ -26,7 +26,8 @@ struct row_norm {
   row_norm() = default;
   explicit row_norm(index_t features, S epsilon_ = S(1e-5)) : epsilon(epsilon_) {
     require<config_error>(features >= 1, name, ": expected at least 1 feature, got ", features);
-    require<config_error>(epsilon >= S(0) && std::isfinite(epsilon), name, ": expected an epsilon of 0 or more, got ", epsilon);
+    require<config_error>(epsilon > S(0) && std::isfinite(epsilon), name, ": expected an epsilon above 0, got ",
+                          epsilon);
     weight.setOnes(1, features);
     bias.setZero(Centred ? 1 : 0, features);
   }

@@ -124,7 +124,8 @@ template <class T>
   }
 }
 
-/// Multiplies all auxiliary losses in a record: those of a part of a call by its share, so that their sum is a mean over the call.
+/// Multiplies all auxiliary losses in a record: those of a part of a call by its share, so that their sum is a mean
+/// over the call.
 template <class T>
 void scale_auxiliary(T& t, double factor) {
   if constexpr (detail::is_auxiliary<T>)

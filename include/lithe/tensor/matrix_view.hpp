@@ -159,12 +159,13 @@ class matrix_view {
   [[nodiscard]] constexpr matrix_view slice_rows(index_t first, index_t n) const { return {data_ == nullptr ? data_ : row(first), n, cols_, stride_}; }
   /// The n columns from `first` on, in place: the stride stays.
   [[nodiscard]] constexpr matrix_view slice_cols(index_t first, index_t n) const { return {data_ == nullptr ? data_ : data_ + first, rows_, n, stride_}; }
-  /// Each row cut into rows of `width` elements, in place. Throws shape_error unless `width` divides the columns and the rows follow one another
-  /// (the stride is cols): no view reaches the pieces of rows that lie apart.
+  /// Each row cut into rows of `width` elements, in place. Throws shape_error unless `width` divides the columns and
+  /// the rows follow one another (the stride is cols): no view reaches the pieces of rows that lie apart.
   [[nodiscard]] matrix_view cut_rows(index_t width) const {
-    require<shape_error>(cols_ == 0 || (width > 0 && cols_ % width == 0), "matrix_view: expected rows of a multiple of ", width, " elements, got ", cols_);
-    require<shape_error>(stride_ == cols_ || rows_ <= 1, "matrix_view: expected rows of ", cols_, " elements that follow one another, got a stride of ",
-                         stride_);
+    require<shape_error>(cols_ == 0 || (width > 0 && cols_ % width == 0),
+                         "matrix_view: expected rows of a multiple of ", width, " elements, got ", cols_);
+    require<shape_error>(stride_ == cols_ || rows_ <= 1, "matrix_view: expected rows of ", cols_,
+                         " elements that follow one another, got a stride of ", stride_);
     return {data_, cols_ == 0 ? 0 : rows_ * (cols_ / width), width};
   }
 

@@ -9,7 +9,8 @@ namespace lithe::inline LITHE_ABI {
   std::vector<double> out;
   double largest = 0, sum = 0;
   for (const double s : sigma) largest = std::max(largest, s);
-  for (const double s : sigma) out.push_back(sum += largest == 0 ? 0 : s / largest * (s / largest));  // squares of small numbers are 0
+  for (const double s : sigma)
+    out.push_back(sum += largest == 0 ? 0 : s / largest * (s / largest));  // squares of small numbers are 0
   for (double& c : out) c = sum == 0 ? 1 : c / sum;
   return out;
 }

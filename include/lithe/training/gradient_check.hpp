@@ -129,8 +129,9 @@ gradient_check_report check_gradients(L l, input_of<L> x_given, Memory memory_gi
       l.forward(x.view(), y, record..., c);
   };
 
-  require<config_error>(o.step > 0 && o.floor > 0 && o.entries >= 1, "gradient_check: expected a step and a floor above 0 and at least 1 entry, got ",
-                        o.step, ", ", o.floor, " and ", o.entries);
+  require<config_error>(o.step > 0 && o.floor > 0 && o.entries >= 1,
+                        "gradient_check: expected a step and a floor above 0 and at least 1 entry, got ", o.step, ", ",
+                        o.floor, " and ", o.entries);
   const shape out = l.output_shape(x.view());
   hostile_matrix y(out.rows, out.cols), other(out.rows, out.cols), dy(out.rows, out.cols);
   fill_normal<double>(dy.view(), 1.0, o.key.child(0));

@@ -9,13 +9,15 @@ struct optimiser_config {
   update_rule dense = update_rule::adam;        ///< for dense gradients
   update_rule sparse = update_rule::lazy_adam;  ///< for row-sparse gradients: value tables, embeddings
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-  double weight_decay = 0;  ///< under sgd and adam, of what moves as a whole; a table's touched rows decay only by a group's own setting
+  /// Under sgd and adam, of what moves as a whole; a table's touched rows decay only by a group's own setting.
+  double weight_decay = 0;
   std::vector<parameter_group> groups{};
 };
 
 /// Moves the parameters of a model along its gradient; state (running statistics) it leaves alone.
 ///
-///     optimiser<float> adam({.weight_decay = 0.1, .groups = {{.pattern = "*bias", .weight_decay = 0}, {.pattern = "*.values", .rate = 4}}});
+///     optimiser<float> adam({.weight_decay = 0.1, .groups = {{.pattern = "*bias", .weight_decay = 0},
+///                                                            {.pattern = "*.values", .rate = 4}}});
 ///     for (;;) {
 ///       set_zero(model, g);
 ///       ... model.backward(..., g, ctx) once or several times ...
@@ -23,8 +25,9 @@ struct optimiser_config {
 ///       adam.step(model, g, schedule(adam.steps()), ctx);
 ///     }
 ///
-/// The settings in `config` may be changed between steps, except for the rule of a tensor that has moved. The run's own state is the number of
-/// steps, and for each tensor that ever moved the moments and the steps in which it stood still, under its name; what several layers share has one.
+/// The settings in `config` may be changed between steps, except for the rule of a tensor that has moved. The run's own
+/// state is the number of steps, and for each tensor that ever moved the moments and the steps in which it stood still,
+/// under its name; what several layers share has one.
 template <std::floating_point S>
 class optimiser {
  public:
@@ -41,8 +44,8 @@ class optimiser {
   template <class L>
   void step(L& model, const gradient_of<L>& gradient, double learning_rate, const context& ctx = {}) {
     static_assert(std::same_as<typename L::scalar, S>, "lithe: the optimiser's scalar differs from the model's.");
-    require<config_error>(learning_rate >= 0 && std::isfinite(static_cast<S>(learning_rate)), "optimiser: expected a finite learning rate of at least 0, got ",
-                          learning_rate);
+    require<config_error>(learning_rate >= 0 && std::isfinite(static_cast<S>(learning_rate)),
+                          "optimiser: expected a finite learning rate of at least 0, got ", learning_rate);
     prepare(model, gradient);
     ++steps_;
     std::size_t at = 0;
@@ -69,9 +72,12 @@ class optimiser {
         [&](const std::string& name, const auto& p, const auto& q) {
           detail::check_gradient("optimiser", name, p, q);
           if (steps_ == 0 && at == moments_.size()) moments_.push_back({name});
-          require<state_error>(at < moments_.size() && moments_[at].name == name, "optimiser: expected the model of the steps before, whose tensor ",
-                               at, " is ", at < moments_.size() ? moments_[at].name : moments_.empty() ? "none (was this one moved from?)" : "none", ", got ",
-                               name);
+          require<state_error>(at < moments_.size() && moments_[at].name == name,
+                               "optimiser: expected the model of the steps before, whose tensor ", at, " is ",
+                               at < moments_.size() ? moments_[at].name
+                               : moments_.empty()   ? "none (was this one moved from?)"
+                                                    : "none",
+                               ", got ", name);
           moments& state = moments_[at++];
           const settings s = settings_of<decltype(q)>(name);
           if (!state.made) {
@@ -93,11 +99,12 @@ class optimiser {
   /// The number of steps taken.
   [[nodiscard]] std::int64_t steps() const { return steps_; }
 
-  /// f(name, x) for all that resuming needs: "steps", a number, and of each tensor that has moved the moments, each a `matrix_view<S>` to read or to
-  /// write, and "skipped_steps.", a number, if it stood still in some. A run that is resumed from them goes on with the same bits.
+  /// f(name, x) for all that resuming needs: "steps", a number, and of each tensor that has moved the moments, each a
+  /// `matrix_view<S>` to read or to write, and "skipped_steps.", a number, if it stood still in some. A run that is
+  /// resumed from them goes on with the same bits.
   ///
-  /// A visitor that loads has two members more: f.contains(name) says what there is, because tensors may be frozen now that moved then, or the other
-  /// way round; f.then(action) puts off what must wait until all is known to fit.
+  /// A visitor that loads has two members more: f.contains(name) says what there is, because tensors may be frozen now
+  /// that moved then, or the other way round; f.then(action) puts off what must wait until all is known to fit.
   template <class F>
   void visit_state(F&& f) {
     f(std::string("steps"), steps_);
@@ -129,7 +136,7 @@ class optimiser {
     bool made = false;
     update_rule rule{};  // this and the shape: of the moments, or that they would have
     index_t rows = 0, cols = 0;
-    std::int64_t skipped = 0;  // steps of the run in which it stood still; so a run's own number of steps alone says most of it
+    std::int64_t skipped = 0;  // steps of the run in which it stood still: 0 as a rule, and for files that lack it
     detail::zeroed_matrix<S> first{}, second{};
 
     void make(std::int64_t steps_before) {
@@ -171,7 +178,8 @@ class optimiser {
     const parameter_group* const g = group_of(config.groups, name);
     if (g != nullptr) matched_[static_cast<std::size_t>(g - config.groups.data())] = 1;
     constexpr bool sparse = sparse_gradient<Q>;
-    const update_rule usual = sparse ? config.sparse : config.dense, rule = g != nullptr ? g->rule.value_or(usual) : usual;
+    const update_rule usual = sparse ? config.sparse : config.dense;
+    const update_rule rule = g != nullptr ? g->rule.value_or(usual) : usual;
     const bool by_row = rule == update_rule::rowwise_adagrad || (sparse && rule != update_rule::adam);
     const double decay = by_row ? 0 : config.weight_decay;
     if (g == nullptr) return {1, {}, decay, rule, true};
@@ -186,7 +194,8 @@ class optimiser {
     else if (s.rule == update_rule::rowwise_adagrad)
       move(detail::rowwise_adagrad_update<S>(rate, s.weight_decay, config.epsilon));
     else
-      move(detail::adam_update<S>(config.beta1, config.beta2, config.epsilon, rate, s.weight_decay, static_cast<double>(steps_ - state.skipped)));
+      move(detail::adam_update<S>(config.beta1, config.beta2, config.epsilon, rate, s.weight_decay,
+                                  static_cast<double>(steps_ - state.skipped)));
   }
 
   template <class P, class Q>

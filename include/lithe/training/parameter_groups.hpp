@@ -8,28 +8,32 @@
 
 namespace lithe::inline LITHE_ABI {
 
-/// How a tensor moves. With learning rate r, gradient g, decay λ, and s = 1, 2, ... the steps in which this tensor moved (as torch.optim counts):
+/// How a tensor moves. With learning rate r, gradient g, decay λ, and s = 1, 2, ... the steps in which this tensor
+/// moved (as torch.optim counts):
 ///
 ///     sgd              p -= r (g + λ p)
-///     adam             p -= r λ p, m = β₁ m + (1 - β₁) g, v = β₂ v + (1 - β₂) g², p -= r (m / (1 - β₁ˢ)) / (√(v / (1 - β₂ˢ)) + ε)
+///     adam             p -= r λ p, m = β₁ m + (1 - β₁) g, v = β₂ v + (1 - β₂) g²,
+///                      p -= r (m / (1 - β₁ˢ)) / (√(v / (1 - β₂ˢ)) + ε)
 ///                      (AdamW, Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)
-///     lazy_adam        the same; of a row-sparse gradient only the touched rows move, their moments too; s counts the steps of the whole table
+///     lazy_adam        the same; of a row-sparse gradient only the touched rows move, their moments too;
+///                      s counts the steps of the whole table
 ///     rowwise_adagrad  p -= r λ p, one sum for a row: a += mean(g²), p -= r g / (√a + ε)
 ///
-/// Of a row-sparse gradient `sgd`, `lazy_adam` and `rowwise_adagrad` move the touched rows alone; `adam` moves every row of the table, touched or
-/// not: the rule to compare with, not to train with.
+/// Of a row-sparse gradient `sgd`, `lazy_adam` and `rowwise_adagrad` move the touched rows alone; `adam` moves every
+/// row of the table, touched or not: the rule to compare with, not to train with.
 enum class update_rule { sgd, adam, lazy_adam, rowwise_adagrad };
 
-/// Settings of the parameters whose name fits `pattern`: * stands for any text, ? for any letter ("*.values", "*bias"), a "!" in
-/// front for all names that do not fit. The first group that fits counts.
+/// Settings of the parameters whose name fits `pattern`: * stands for any text, ? for any letter ("*.values", "*bias"),
+/// a "!" in front for all names that do not fit. The first group that fits counts.
 struct parameter_group {
   std::string pattern;
-  double rate = 1;                     ///< multiplies the learning rate; may be set anew before each step; 0 does what `frozen` does
-  std::optional<double> own_rate{};    ///< instead of the learning rate given to `step`
-  /// Instead of optimiser_config::weight_decay, under every rule; of a table whose touched rows alone move, a row decays in the steps that touch it.
+  double rate = 1;  ///< multiplies the learning rate; may be set anew before each step; 0 does what `frozen` does
+  std::optional<double> own_rate{};  ///< instead of the learning rate given to `step`
+  /// Instead of optimiser_config::weight_decay, under every rule; of a table whose touched rows alone move, a row
+  /// decays in the steps that touch it.
   std::optional<double> weight_decay{};
-  std::optional<update_rule> rule{};   ///< instead of `dense` or `sparse`
-  bool frozen = false;                 ///< does not move, does not decay; its moments stay as they are, its steps are not counted
+  std::optional<update_rule> rule{};  ///< instead of `dense` or `sparse`
+  bool frozen = false;  ///< does not move, does not decay; its moments stay as they are, its steps are not counted
 
   /// Whether the parameters of this group move.
   [[nodiscard]] bool moves() const { return !frozen && rate != 0 && own_rate != 0.0; }
@@ -42,8 +46,8 @@ struct parameter_group {
   return it == groups.end() ? nullptr : &*it;
 }
 
-/// Which parameters a function over gradients counts: those whose name fits a pattern ("*.values", "!*.values": all but those), or, given the groups
-/// of an optimiser, those that it moves. Made in the call that it is an argument of.
+/// Which parameters a function over gradients counts: those whose name fits a pattern ("*.values", "!*.values": all but
+/// those), or, given the groups of an optimiser, those that it moves. Made in the call that it is an argument of.
 class parameter_choice {
  public:
   parameter_choice(std::string_view pattern = "*") : pattern_(pattern) {}

@@ -67,8 +67,8 @@ void check_gradient(const char* who, const std::string& name, const P& p, const 
     rows = q.rows();
     cols = q.cols();
   }
-  require<state_error>(rows == p.rows() && cols == p.cols(), who, ": expected a gradient of ", name, " of shape ", to_text(p.rows(), p.cols()),
-                       ", got ", to_text(rows, cols));
+  require<state_error>(rows == p.rows() && cols == p.cols(), who, ": expected a gradient of ", name, " of shape ",
+                       to_text(p.rows(), p.cols()), ", got ", to_text(rows, cols));
 }
 
 /// f(name, parameter, gradient) for every tensor that training may change, a shared table once.

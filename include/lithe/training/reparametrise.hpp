@@ -22,10 +22,11 @@ template <class S>
 [[nodiscard]] key_query_weights key_query_weights_of(matrix_view<const S> wq, matrix_view<const S> wk, matrix_view<const S> bq, index_t heads,
                                                      index_t key_heads) {
   require<shape_error>(heads >= 1 && key_heads >= 1 && wq.rows() % heads == 0 && heads % key_heads == 0 &&
-                           wk.rows() * heads == wq.rows() * key_heads && (bq.size() == 0 || (bq.rows() == 1 && bq.cols() == wq.rows())),
+                           wk.rows() * heads == wq.rows() * key_heads &&
+                           (bq.size() == 0 || (bq.rows() == 1 && bq.cols() == wq.rows())),
                        "reparametrise: expected query and key weights of ", heads, " and ", key_heads,
-                       " heads of one width, and a row of query biases or none, got ", to_text(wq.rows(), wq.cols()), ", ",
-                       to_text(wk.rows(), wk.cols()), " and ", to_text(bq.rows(), bq.cols()));
+                       " heads of one width, and a row of query biases or none, got ", to_text(wq.rows(), wq.cols()),
+                       ", ", to_text(wk.rows(), wk.cols()), " and ", to_text(bq.rows(), bq.cols()));
   const index_t d = wq.rows() / heads, shared = heads / key_heads;
   key_query_weights w{wq.map().template cast<double>(), matrix<double>(wq.rows(), wk.cols()), matrix<double>::Zero(heads, wk.cols())};
   for (index_t h = 0; h < heads; ++h) {

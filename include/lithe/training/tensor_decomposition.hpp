@@ -60,8 +60,8 @@ namespace detail {
 using doubles = matrix<double>;
 using const_doubles = matrix_view<const double>;
 
-/// e with all numbers below 2^e, if they are so small or large that sums of products of four of them leave the range of double; else 0. Powers of two
-/// change no digit.
+/// e with all numbers below 2^e, if they are so small or large that sums of products of four of them leave the range of
+/// double; else 0. Powers of two change no digit.
 inline int far_exponent(const_doubles m) {
   int e = 0;
   if (m.size() != 0) std::frexp(m.map().cwiseAbs().maxCoeff(), &e);
@@ -86,7 +86,8 @@ product_svd_result svd_of_product(const_doubles a, const_doubles b, bool vectors
   const index_t p = std::min(at.rows(), at.cols()), q = std::min(bt.rows(), bt.cols());
   const Eigen::MatrixXd ra = qa.matrixQR().topRows(p).triangularView<Eigen::Upper>(), rb = qb.matrixQR().topRows(q).triangularView<Eigen::Upper>();
   const Eigen::BDCSVD<Eigen::MatrixXd> svd(ra * rb.transpose(), vectors ? Eigen::ComputeThinU | Eigen::ComputeThinV : 0);
-  product_svd_result out{svd.singularValues().unaryExpr([e = far + away](double s) { return std::ldexp(s, e); }), {}, {}};
+  product_svd_result out{
+      svd.singularValues().unaryExpr([e = far + away](double s) { return std::ldexp(s, e); }), {}, {}};
   if (vectors) {
     const index_t k = out.sigma.size();
     out.u = Eigen::MatrixXd::Zero(at.rows(), k);
@@ -283,23 +284,24 @@ inline void check(const_doubles wq, const_doubles wk, index_t heads, const decom
                         " and ", o.target_error);
   require<config_error>(o.max_sweeps >= 1 && o.restarts >= 0, "decompose: expected at least 1 sweep and no negative restarts, got ", o.max_sweeps,
                         " and ", o.restarts);
-  require<config_error>(o.method == decomposition_method::alternating || (o.restarts == 0 && !given),
-                        "decompose: expected neither restarts nor given factors for a method that does not iterate, got ", o.restarts, " restarts",
-                        given ? " and given factors" : "");
+  require<config_error>(
+      o.method == decomposition_method::alternating || (o.restarts == 0 && !given),
+      "decompose: expected neither restarts nor given factors for a method that does not iterate, got ", o.restarts,
+      " restarts", given ? " and given factors" : "");
   require<config_error>(o.ridge >= 0 && std::isfinite(o.ridge), "decompose: expected a ridge of 0 or more, got ", o.ridge);
   require<config_error>(wq.map().allFinite() && wk.map().allFinite(), "decompose: the weights hold NaN or infinity");
 }
 
 }  // namespace detail
 
-/// Decomposes the key-query tensor of separate heads, T[q, h, k] = Σ_d Wq_h(d, q) Wk_h(d, k), into r shared dimensions (arXiv 2006.16362,
-/// section 4). T [D x H x E] is never formed: a sweep of alternating least squares costs four products of the size of the projections.
-/// All numbers are in double, because the error formula cancels.
+/// Decomposes the key-query tensor of separate heads, T[q, h, k] = Σ_d Wq_h(d, q) Wk_h(d, k), into r shared dimensions
+/// (arXiv 2006.16362, section 4). T [D x H x E] is never formed: a sweep of alternating least squares costs four
+/// products of the size of the projections. All numbers are in double, because the error formula cancels.
 ///
-/// Wq [H d x D], Wk [H d x E], head h in rows h d .. , of any magnitude; `given` = factors to start from in place of options.start, for the method
-/// that iterates alone.
-/// Throws config_error and shape_error for arguments that do not go together and for weights with NaN or infinity, std::runtime_error for a
-/// singular Gram matrix under a ridge of 0. Weights of zero give zero factors and error 0.
+/// Wq [H d x D], Wk [H d x E], head h in rows h d .. , of any magnitude; `given` = factors to start from in place of
+/// options.start, for the iterating method only. Throws config_error and shape_error for arguments that do not go
+/// together and for weights with NaN or infinity, std::runtime_error for a singular Gram matrix under a ridge of 0.
+/// Weights of zero give zero factors and error 0.
 template <std::same_as<double> S = double>
 [[nodiscard]] decomposition decompose(matrix_view<const double> wq, matrix_view<const double> wk, index_t heads, const decomposition_options& o,
                                       const context& ctx = {}, const key_query_factors* given = nullptr) {
@@ -311,9 +313,10 @@ template <std::same_as<double> S = double>
   }
   if (const int q = detail::far_exponent(wq), k = detail::far_exponent(wk); q != 0 || k != 0) {
     key_query_factors start;
-    if (given != nullptr) start = {detail::times_power_of_two(given->query, -q), detail::times_power_of_two(given->key, -k), given->mixing};
-    decomposition d = decompose<S>(detail::times_power_of_two(wq, -q), detail::times_power_of_two(wk, -k), heads, o, ctx,
-                                   given != nullptr ? &start : nullptr);
+    if (given != nullptr)
+      start = {detail::times_power_of_two(given->query, -q), detail::times_power_of_two(given->key, -k), given->mixing};
+    decomposition d = decompose<S>(detail::times_power_of_two(wq, -q), detail::times_power_of_two(wk, -k), heads, o,
+                                   ctx, given != nullptr ? &start : nullptr);
     const bool copied = o.exact_copy && o.rank >= wq.rows() && given == nullptr;
     const int to_query = copied || !o.balance ? q : (q + k) / 2;
     d.factors.query = detail::times_power_of_two(d.factors.query, to_query);

@@ -29,7 +29,9 @@ class zeroed_matrix {
     if (alignment == huge_page) madvise(begin, bytes / huge_page * huge_page, MADV_HUGEPAGE);  // a wish
 #endif
   }
-  [[nodiscard]] matrix_view<S> view() const { return data_ == nullptr ? matrix_view<S>() : matrix_view<S>(data_.get(), rows_, cols_); }
+  [[nodiscard]] matrix_view<S> view() const {
+    return data_ == nullptr ? matrix_view<S>() : matrix_view<S>(data_.get(), rows_, cols_);
+  }
   [[nodiscard]] S* row(index_t i) const { return data_ == nullptr ? nullptr : data_.get() + i * cols_; }
 
  private:
@@ -104,7 +106,9 @@ struct rowwise_adagrad_update {
   S rate, epsilon, keep;
 
   rowwise_adagrad_update(double learning_rate, double decay, double eps)
-      : rate(static_cast<S>(learning_rate)), epsilon(static_cast<S>(eps)), keep(static_cast<S>(1 - learning_rate * decay)) {}
+      : rate(static_cast<S>(learning_rate)),
+        epsilon(static_cast<S>(eps)),
+        keep(static_cast<S>(1 - learning_rate * decay)) {}
   void operator()(S* p, const S* g, S*, S* v, index_t n) const {
     v[0] += static_cast<S>(sum_of_squares(g, n) / static_cast<double>(n));
     const S step = rate / (std::sqrt(v[0]) + epsilon);

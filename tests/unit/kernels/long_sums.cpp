@@ -12,7 +12,8 @@ using namespace lithe;
 
 constexpr index_t many = 65536, million = index_t{1} << 20;
 
-/// Chains of at most 1024 terms are off by 1e-5, the chain of the 2048 sums of 512 terms of a million, onto what c was, by 3e-5.
+/// Chains of at most 1024 terms are off by 1e-5, the chain of the 2048 sums of 512 terms of a million, onto what c was,
+/// by 3e-5.
 double allowed(index_t n) { return n == many ? 1.25e-5 : 5e-5; }
 
 /// The largest relative error of numbers that should all be `expected`.
@@ -27,7 +28,8 @@ TEST(long_sums, weight_gradients) {
     index_t n, rows, cols;
   };
   // Few rows of c; narrow rows of b in place; packed; all with tails.
-  for (const auto& [n, rows, cols] : {size{many, 3, 5}, size{million, 8, 5}, size{many, 20, 19}, size{million, 17, 3}, size{many, 21, 140}}) {
+  for (const auto& [n, rows, cols] :
+       {size{many, 3, 5}, size{million, 8, 5}, size{many, 20, 19}, size{million, 17, 3}, size{many, 21, 140}}) {
     const matrix<float> a = matrix<float>::Constant(n, rows, 0.7F), b = matrix<float>::Constant(n, cols, 0.3F);
     matrix<float> c(rows, cols);
     gemm_tn<float>(a, b, c, ctx);
@@ -128,7 +130,8 @@ TEST(long_sums, sums_over_rows) {
   }
 }
 
-/// One query, and a few of which the later see more, against as many equal values: the answer is the value, whatever the scores.
+/// One query, and a few of which the later see more, against as many equal values: the answer is the value, whatever
+/// the scores.
 TEST(long_sums, a_decoded_row_over_many_keys) {
   const context ctx;
   constexpr index_t W = 16;

@@ -84,10 +84,12 @@ TYPED_TEST_SUITE(frozen_tensors, scalars);
 TYPED_TEST(frozen_tensors, a_run_saved_anywhere_resumes_with_the_same_bits_whatever_was_frozen_when) {
   using S = TypeParam;
   using rules = std::pair<update_rule, update_rule>;
-  for (const auto& [dense, sparse] : {rules{update_rule::adam, update_rule::lazy_adam}, rules{update_rule::sgd, update_rule::rowwise_adagrad},
-                                      rules{update_rule::rowwise_adagrad, update_rule::adam}})
+  for (const auto& [dense, sparse] :
+       {rules{update_rule::adam, update_rule::lazy_adam}, rules{update_rule::sgd, update_rule::rowwise_adagrad},
+        rules{update_rule::rowwise_adagrad, update_rule::adam}})
     for (const std::string frozen : {"mmmm", "fffff", "ffmmm", "mmfff", "mmffmm", "fmfmf"}) {
-      const optimiser_config config{.dense = dense, .sparse = sparse, .weight_decay = 0.1, .groups = {{.pattern = "!bias"}}};
+      const optimiser_config config{
+          .dense = dense, .sparse = sparse, .weight_decay = 0.1, .groups = {{.pattern = "!bias"}}};
       tensors<S> whole;
       optimiser<S> o(config);
       train(whole, o, frozen, 0, frozen.size());
@@ -165,7 +167,8 @@ TYPED_TEST(frozen_tensors, files_of_version_0_1_load_and_count_the_steps_of_the_
   const double c1 = 1 - std::pow(0.9, 5), c2 = 1 - std::pow(0.999, 5);
   const matrix<double> step = 0.01 * (0.9 * m.template cast<double>().array() / c1) /
                               ((0.999 * v.template cast<double>().array() / c2).sqrt() + 1e-8);
-  EXPECT_LT((before.template cast<double>() - step - resumed.weight.template cast<double>()).cwiseAbs().maxCoeff(), 1e-6);
+  EXPECT_LT((before.template cast<double>() - step - resumed.weight.template cast<double>()).cwiseAbs().maxCoeff(),
+            1e-6);
   EXPECT_GT(step.cwiseAbs().minCoeff(), 1e-4);
 }
 
@@ -203,7 +206,9 @@ TYPED_TEST(frozen_tensors, a_rate_of_0_is_frozen_too) {
   const tensors<S> before;
   auto g = make_gradient(t);
   t.differentiate(g, 1);
-  optimiser<S> o({.weight_decay = 0.1, .groups = {{.pattern = "weight", .rate = 0}, {.pattern = "values", .own_rate = 0, .weight_decay = 0.5}}});
+  optimiser<S> o(
+      {.weight_decay = 0.1,
+       .groups = {{.pattern = "weight", .rate = 0}, {.pattern = "values", .own_rate = 0, .weight_decay = 0.5}}});
   o.step(t, g, 0.1);
   EXPECT_EQ(t.weight, before.weight);
   EXPECT_EQ(t.values, before.values);
@@ -217,8 +222,9 @@ TYPED_TEST(frozen_tensors, clipping_counts_what_moves) {
   using S = TypeParam;
   tensors<S> t;
   auto g = make_gradient(t);
-  for (parameter_group still : {parameter_group{.pattern = "weight", .frozen = true}, parameter_group{.pattern = "weight", .rate = 0},
-                                parameter_group{.pattern = "weight", .own_rate = 0}}) {
+  for (parameter_group still :
+       {parameter_group{.pattern = "weight", .frozen = true}, parameter_group{.pattern = "weight", .rate = 0},
+        parameter_group{.pattern = "weight", .own_rate = 0}}) {
     const std::vector<parameter_group> groups{still, {.pattern = "*", .rate = 2}};
     g.weight.setConstant(S(1e6));
     g.bias.setConstant(S(1e-3));
@@ -249,7 +255,8 @@ TYPED_TEST(frozen_tensors, weight_decay_of_a_table_decays_the_rows_that_are_touc
     const tensors<S> before;
     auto g = make_gradient(decayed);
     decayed.differentiate(g, 4);  // rows 1 and 5
-    optimiser<S> a({.sparse = rule, .groups = {{.pattern = "values", .weight_decay = 0.5}}}), b({.sparse = rule, .weight_decay = 0.5});
+    optimiser<S> a({.sparse = rule, .groups = {{.pattern = "values", .weight_decay = 0.5}}}),
+        b({.sparse = rule, .weight_decay = 0.5});
     a.step(decayed, g, 0.1);
     b.step(plain, g, 0.1);
     for (index_t i = 0; i < 7; ++i) {

@@ -19,7 +19,8 @@ mixture_of_experts<double> experts() {
   return {{.features = D, .hidden = 5, .experts = 4, .top_k = 2, .balance = 0.01, .z_loss = 0.002}, rng_key{1}};
 }
 ultra_mem<double> memory() {
-  ultra_mem_config c{.features = D, .sub_keys = 8, .key_width = 4, .top_k = 3, .value_width = 4, .rank_loss = 0.3, .balance = 0.01};
+  ultra_mem_config c{
+      .features = D, .sub_keys = 8, .key_width = 4, .top_k = 3, .value_width = 4, .rank_loss = 0.3, .balance = 0.01};
   c.query_conv = 0;
   return {c, rng_key{2}};
 }
@@ -68,7 +69,9 @@ TEST(own_losses, means_over_rows_and_losses_of_parameters_are_the_same_in_chunks
   layer.config.balance = 0;  // leaves the z-loss, a plain mean
   std::vector<std::uint8_t> mask(T, 1);
   for (std::size_t t = 40; t < 62; ++t) mask[t] = t % 3 == 0;
-  const auto near = [](const matrix<double>& a, const matrix<double>& b) { return (a - b).cwiseAbs().maxCoeff() < 1e-13; };
+  const auto near = [](const matrix<double>& a, const matrix<double>& b) {
+    return (a - b).cwiseAbs().maxCoeff() < 1e-13;
+  };
   for (const auto& rows : {std::span<const std::uint8_t>{}, std::span<const std::uint8_t>(mask)}) {
     const auto whole = run(layer, 0, rows);
     EXPECT_GT(whole.g.router.weight.norm(), 1e-5);
@@ -112,7 +115,8 @@ TEST(own_losses, micro_batches) {
     record_of<mixture_of_experts<double>> r;
     const matrix<double> part = scale * dy;
     layer.forward(view(x).slice_rows(first, n), view(y).slice_rows(first, n), r, ctx);
-    layer.backward(view(x).slice_rows(first, n), r, view(part).slice_rows(first, n), view(dx).slice_rows(first, n), g, ctx);
+    layer.backward(view(x).slice_rows(first, n), r, view(part).slice_rows(first, n), view(dx).slice_rows(first, n), g,
+                   ctx);
     return rows_share * auxiliary_loss(r);
   };
   auto whole = make_gradient(layer), summed = make_gradient(layer), averaged = make_gradient(layer);

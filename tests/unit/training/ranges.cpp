@@ -11,7 +11,8 @@
 #include "lithe/training/gradient_check.hpp"
 #include "lithe/training/optimiser.hpp"
 
-// What happens far from 1: logits with a large common offset, weights of any magnitude, settings that leave the range of their scalar.
+// What happens far from 1: logits with a large common offset, weights of any magnitude, settings that leave the range
+// of their scalar.
 namespace ranges_tests {
 
 using namespace lithe;
@@ -22,7 +23,8 @@ constexpr double offsets[] = {0, 1e5, 1e6, 1e8};
 matrix<double> logits(index_t rows, index_t cols) {
   matrix<double> m(rows, cols);
   for (index_t i = 0; i < rows; ++i)
-    for (index_t j = 0; j < cols; ++j) m(i, j) = static_cast<double>(8 * ((3 * i + 5 * j + i * j) % 4) - (j == i ? 8 : 0));
+    for (index_t j = 0; j < cols; ++j)
+      m(i, j) = static_cast<double>(8 * ((3 * i + 5 * j + i * j) % 4) - (j == i ? 8 : 0));
   return m;
 }
 matrix<float> shifted(const matrix<double>& m, double offset) { return (m.array() + offset).matrix().cast<float>(); }
@@ -33,7 +35,8 @@ TEST(ranges, log_softmax_with_a_large_common_offset) {
   for (index_t i = 0; i < 5; ++i) {
     long double sum = 0;
     for (index_t j = 0; j < 7; ++j) sum += std::exp(static_cast<long double>(z(i, j)));
-    for (index_t j = 0; j < 7; ++j) expected(i, j) = static_cast<double>(static_cast<long double>(z(i, j)) - std::log(sum));
+    for (index_t j = 0; j < 7; ++j)
+      expected(i, j) = static_cast<double>(static_cast<long double>(z(i, j)) - std::log(sum));
   }
   for (const double offset : offsets) {
     const matrix<float> x = shifted(z, offset);
@@ -62,7 +65,8 @@ TEST(ranges, losses_with_a_large_common_offset) {
     EXPECT_LT((g.cast<double>() - d).cwiseAbs().maxCoeff(), 1e-6) << offset;
     EXPECT_NEAR(cross_entropy<float>(x, three_times, {.label_smoothing = 0.1}, g).loss / smooth, 1, 2e-6) << offset;
     EXPECT_LT((g.cast<double>() - ds).cwiseAbs().maxCoeff(), 1e-6) << offset;
-    EXPECT_NEAR(aligned_exit_loss<float>(x, targets, weights, reduction::mean, -100, g).loss / aligned, 1, 2e-6) << offset;
+    EXPECT_NEAR(aligned_exit_loss<float>(x, targets, weights, reduction::mean, -100, g).loss / aligned, 1, 2e-6)
+        << offset;
     EXPECT_LT((g.cast<double>() - da).cwiseAbs().maxCoeff(), 1e-6) << offset;
   }
 }
@@ -98,7 +102,8 @@ TYPED_TEST_SUITE(ranges_of, scalars);
 TYPED_TEST(ranges_of, temperatures_of_a_memory_gate) {
   using S = TypeParam;
   const double least = std::numeric_limits<S>::min(), nan = std::nan("");
-  for (const double t : {0.0, -1.0, least / 6, std::numeric_limits<double>::denorm_min(), 6 / least, std::numeric_limits<double>::infinity(), nan})
+  for (const double t : {0.0, -1.0, least / 6, std::numeric_limits<double>::denorm_min(), 6 / least,
+                         std::numeric_limits<double>::infinity(), nan})
     EXPECT_THROW(memory_gate<S>({.temperature = t}), config_error) << t;
   const matrix<S> scores{{S(1), S(3), S(2), S(3)}, {S(-100), S(-2), S(-2), S(-3)}}, dw = matrix<S>::Ones(2, 4);
   matrix<S> w(2, 4), ds(2, 4);
@@ -114,7 +119,8 @@ TYPED_TEST(ranges_of, temperatures_of_a_memory_gate) {
 
 TYPED_TEST(ranges_of, settings_that_vanish_in_the_scalar_are_refused) {
   using S = TypeParam;
-  const double gone = std::numeric_limits<S>::denorm_min() / 4, infinite = static_cast<double>(std::numeric_limits<S>::max()) * 4;
+  const double gone = std::numeric_limits<S>::denorm_min() / 4,
+               infinite = static_cast<double>(std::numeric_limits<S>::max()) * 4;
   for (const double epsilon : {0.0, -1e-5, gone, std::nan("")}) {
     EXPECT_THROW(layer_norm<S>(4, static_cast<S>(epsilon)), config_error) << epsilon;
     EXPECT_THROW(rms_norm<S>(4, static_cast<S>(epsilon)), config_error) << epsilon;
@@ -166,7 +172,12 @@ TEST(ranges, a_decomposition_of_weights_of_any_magnitude) {
     for (const index_t rank : {3, 6}) {
       const decomposition_options o{.rank = rank, .method = how, .max_sweeps = 20};
       const decomposition plain = decompose(q, k, heads, o);
-      for (const auto& [a, b] : {std::pair{1e-90, 1e-90}, {1e-160, 1e-160}, {1e-300, 1.0}, {1e120, 1e120}, {1e-200, 1e200}, {1e300, 1e-10}}) {
+      for (const auto& [a, b] : {std::pair{1e-90, 1e-90},
+                                 {1e-160, 1e-160},
+                                 {1e-300, 1.0},
+                                 {1e120, 1e120},
+                                 {1e-200, 1e200},
+                                 {1e300, 1e-10}}) {
         const decomposition s = decompose(matrix<double>(a * q), matrix<double>(b * k), heads, o);
         SCOPED_TRACE(concat(a, " ", b, " rank ", rank));
         EXPECT_NEAR(s.error(), plain.error(), 1e-6);  // what the tolerance of the iterations leaves open
@@ -175,7 +186,8 @@ TEST(ranges, a_decomposition_of_weights_of_any_magnitude) {
           const auto tensor = [&](const decomposition& x, double sq, double sk) -> matrix<double> {
             return (x.factors.query * sq).transpose() * x.factors.mixing.row(h).asDiagonal() * (x.factors.key * sk);
           };
-          const double largest_q = s.factors.query.cwiseAbs().maxCoeff(), largest_k = s.factors.key.cwiseAbs().maxCoeff();
+          const double largest_q = s.factors.query.cwiseAbs().maxCoeff(),
+                       largest_k = s.factors.key.cwiseAbs().maxCoeff();
           const double rest = largest_q / a * (largest_k / b);
           const matrix<double> found = tensor(s, 1 / largest_q, 1 / largest_k) * rest;
           EXPECT_LT((found - tensor(plain, 1, 1)).cwiseAbs().maxCoeff(), 1e-3);

@@ -27,12 +27,12 @@ struct memory_gate {
   memory_gate_config config{};
 
   memory_gate() = default;
-  /// Throws config_error unless the temperature and its inverse are above 0 and finite in S, and for a division by the sum of plain softmax weights,
-  /// which is 1.
+  /// Throws config_error unless the temperature and its inverse are above 0 and finite in S, and for a division by the
+  /// sum of plain softmax weights, which is 1.
   explicit memory_gate(memory_gate_config c) : config(c) {
-    constexpr double least = std::numeric_limits<S>::min(), most = 1 / least;  // the inverse of a larger number has lost digits
-    require<config_error>(c.temperature >= least && c.temperature <= most, "memory gate: expected a temperature from ", least, " to ", most, ", got ",
-                          c.temperature);
+    constexpr double least = std::numeric_limits<S>::min(), most = 1 / least;  // beyond, the inverse loses digits
+    require<config_error>(c.temperature >= least && c.temperature <= most, "memory gate: expected a temperature from ",
+                          least, " to ", most, ", got ", c.temperature);
     require<config_error>(!(c.divide_by_sum && c.kind == memory_gate_kind::softmax && c.subtract == score_shift::none),
                           "memory gate: softmax weights already sum to 1; divide_by_sum needs a shift or another gate");
   }

@@ -24,9 +24,12 @@ struct score_norm {
   score_norm() = default;
   /// weight = scale, bias = 0. Throws config_error unless epsilon is above 0 in S.
   score_norm(score_norm_kind k, index_t width, bool with_bias, double eps, double scale)
-      : kind(k), epsilon(static_cast<S>(eps)), weight(matrix<S>::Constant(k == score_norm_kind::none ? 0 : 1, width, static_cast<S>(scale))),
+      : kind(k),
+        epsilon(static_cast<S>(eps)),
+        weight(matrix<S>::Constant(k == score_norm_kind::none ? 0 : 1, width, static_cast<S>(scale))),
         bias(matrix<S>::Zero(with_bias && k != score_norm_kind::none ? 1 : 0, width)) {
-    require<config_error>(epsilon >= S(0) && std::isfinite(epsilon), "score norm: expected an epsilon of 0 or more, got ", eps);
+    require<config_error>(epsilon > S(0) && std::isfinite(epsilon), "score norm: expected an epsilon above 0, got ",
+                          eps);
   }
 
   void forward(matrix_view<const S> x, matrix_view<S> y, matrix_view<S> statistics, const context& ctx) const {
