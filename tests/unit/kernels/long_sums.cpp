@@ -44,7 +44,8 @@ TEST(long_sums, products_with_a_long_inner_side) {
   const context ctx;
   for (const index_t n : {many, million})
     for (const index_t rows : {1, 3, 9}) {
-      const index_t cols = n == many ? 70 : 17;
+      if (n == million && rows > 3) continue;  // the same path, for longer
+      const index_t cols = n == many ? 70 : 5;
       const matrix<float> a = matrix<float>::Constant(rows, n, 0.7F), b = matrix<float>::Constant(cols, n, 0.3F);
       const double expected = static_cast<double>(n) * static_cast<double>(0.7F) * static_cast<double>(0.3F);
       matrix<float> c(rows, cols);
