@@ -332,8 +332,8 @@ TEST(reversible, record_is_one_output_and_the_choices) {
     matrix<double> y(t.tokens, 2 * D), dx = y;
     record_of<std::remove_cvref_t<decltype(model)>> r;
     model.forward(x, y, r, u.ctx);
-    // A key of the block, of the dropout behind attention, and of that behind each of 3 chunks.
-    EXPECT_EQ(bytes(r), static_cast<std::size_t>(x.size()) * sizeof(double) + depth * (2 + 3) * sizeof(std::uint64_t));
+    // A key and the rows of the block, of the dropout behind attention, and of that behind each of 3 chunks.
+    EXPECT_EQ(bytes(r), static_cast<std::size_t>(x.size()) * sizeof(double) + depth * (2 + 3) * (sizeof(std::uint64_t) + sizeof(index_t)));
     auto g = make_gradient(model);
     model.backward(x, r, y, dx, g, u.ctx);
     if (depth == 6)
@@ -567,12 +567,12 @@ TEST(reversible, refusals_are_sentences) {
 
   record_of<plain_block<>> r;
   auto g = make_gradient(model);
-  expect_message<state_error>([&] { model.reverse(x, y, r, g, {}); }, "reversible: expected the record of a forward of these 3 rows");
+  expect_message<state_error>([&] { model.reverse(x, y, r, g, {}); }, "reversible: the record is of another call, or was never filled: expected 3 rows");
   const auto deep = make_stack(2, [](std::size_t i) { return make_plain(i); });
   record_of<std::remove_cvref_t<decltype(deep)>> s;
   auto h = make_gradient(deep);
-  expect_message<state_error>([&] { deep.reverse(x, y, s, h, {}); }, "reversible_stack: expected the record of 2 blocks, got one of 0");
-  expect_message<state_error>([&] { deep.backward(x, s, x, y, h, {}); }, "reversible_stack: expected the record of a forward of shape [3 x 16]");
+  expect_message<state_error>([&] { deep.reverse(x, y, s, h, {}); }, "reversible_stack: the record is of another call, or was never filled: expected 2 parts, got 0");
+  expect_message<state_error>([&] { deep.backward(x, s, x, y, h, {}); }, "reversible_stack: the record is of another call, or was never filled: expected [3 x 16], got [0 x 0]");
 }
 
 TEST(reversible, cost_is_that_of_its_parts) {
