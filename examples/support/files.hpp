@@ -55,7 +55,15 @@ inline std::string writer_of(const lithe::metadata_map& metadata) {
 inline lithe::metadata_map read_saved(const std::string& path, std::initializer_list<const char*> programs) {
   std::string expected;
   for (const char* program : programs) expected += (expected.empty() ? "" : " or ") + std::string(program);
-  const lithe::metadata_map metadata = lithe::safetensors_file(path).metadata();
+  lithe::require<lithe::io_error>(std::filesystem::exists(path), path, ": expected a model saved by ", expected,
+                                  ", found no such file");
+  lithe::metadata_map metadata;
+  try {
+    metadata = lithe::safetensors_file(path).metadata();
+  } catch (const lithe::io_error& e) {
+    throw lithe::io_error(
+        lithe::concat(path, ": expected a model saved by ", expected, ", found another file (", e.what(), ")"));
+  }
   const std::string writer = writer_of(metadata);
   lithe::require<lithe::io_error>(std::find(programs.begin(), programs.end(), writer) != programs.end(), path,
                                   ": expected a model saved by ", expected, ", found ",
@@ -131,13 +139,15 @@ class outputs {
 };
 
 /// A name in the current directory that is free: name.ext, name-2.ext, ..., so that a model that nobody named a place
-/// for replaces none.
-inline std::string free_name(const std::string& name) {
+/// for replaces none. `companion`: the file that goes with it, which must be free, too.
+inline std::string free_name(
+    const std::string& name,
+    std::string (*companion)(const std::string&) = [](const std::string& own) { return own; }) {
   const std::filesystem::path path(name);
-  for (int n = 2;; ++n) {
-    const std::string next = n == 2 ? name : lithe::concat(path.stem().string(), "-", n - 1, path.extension().string());
-    if (!std::filesystem::exists(next)) return next;
-  }
+  std::string next = name;
+  for (int n = 2; std::filesystem::exists(next) || std::filesystem::exists(companion(next)); ++n)
+    next = lithe::concat(path.stem().string(), "-", n, path.extension().string());
+  return next;
 }
 
 }  // namespace support

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <lithe/lithe.hpp>
 #include <new>
+#include <nlohmann/json.hpp>
 
 #include "signals.hpp"
 
@@ -25,8 +26,6 @@ CLI::Validator between(T low, T high, std::string range = "") {
       },
       range);
 }
-/// One of these names.
-inline CLI::Validator one_of(std::vector<std::string> names) { return CLI::IsMember(std::move(names)); }
 
 /// --seed, the same in all programs.
 inline CLI::Option* add_seed(CLI::App& app, std::uint64_t& seed, const std::string& what) {
@@ -56,14 +55,48 @@ inline std::string quoted(const std::string& word) {
   for (const char c : word) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
   return out + "'";
 }
+/// The option of a setting: --memory-at of memory_at. Null if the program has none.
+inline const CLI::Option* option_of(const CLI::App& app, std::string setting) {
+  std::replace(setting.begin(), setting.end(), '_', '-');
+  return app.get_option_no_throw("--" + setting);
+}
+/// Settings (an object of JSON) that a file fixes: throws config_error that names the option if one that was given says
+/// something else.
+inline void refuse_contradictions(const CLI::App& app, const std::string& path, const nlohmann::json& asked,
+                                  const nlohmann::json& found) {
+  for (const auto& [key, value] : asked.items()) {
+    const CLI::Option* option = option_of(app, key);
+    lithe::require<lithe::config_error>(option == nullptr || option->count() == 0 || found.value(key, value) == value,
+                                        option == nullptr ? "" : option->get_name(), ": expected ", found[key],
+                                        " as in ", path, ", got ", value);
+  }
+}
+/// Settings that a file has and the command line may change: those that were given, which it says, else the file's.
+inline nlohmann::json merged(const CLI::App& app, const std::string& path, const nlohmann::json& asked,
+                             const nlohmann::json& found) {
+  nlohmann::json all = asked;
+  for (auto& [key, value] : all.items()) {
+    const CLI::Option* option = option_of(app, key);
+    if (!found.contains(key) || found[key] == value) continue;
+    if (option == nullptr || option->count() == 0)
+      value = found[key];
+    else
+      std::printf("%s %s instead of %s in %s\n", option->get_name().c_str(), value.dump().c_str(),
+                  found[key].dump().c_str(), path.c_str());
+  }
+  return all;
+}
+
 /// Another of these programs as a shell finds it from here: beside the one that runs, as the build puts it, or by its
 /// name alone.
 inline std::string sibling(const char* argv0, const std::string& name) {
   std::error_code ignored;
   const std::filesystem::path self(argv0);
   for (const auto& path : {self.parent_path() / ".." / name / name, self.parent_path() / name})
-    if (self.has_parent_path() && std::filesystem::exists(path, ignored))
-      return quoted("./" / std::filesystem::proximate(std::filesystem::weakly_canonical(path), ignored));
+    if (self.has_parent_path() && std::filesystem::exists(path, ignored)) {
+      const auto from_here = std::filesystem::proximate(std::filesystem::weakly_canonical(path), ignored);
+      return quoted((from_here.has_parent_path() ? from_here : "." / from_here).string());
+    }
   return name;
 }
 
@@ -71,6 +104,7 @@ inline std::string sibling(const char* argv0, const std::string& name) {
 template <class Body>
 int run_program(CLI::App& app, int argc, char** argv, Body&& body) {
   const std::string name = std::filesystem::path(argv[0]).filename().string();
+  app.name(name);
   CLI11_PARSE(app, argc, argv);
   try {
     return body();

@@ -1,6 +1,6 @@
 #pragma once
 
-// Ctrl-C that saves: SIGINT and SIGTERM ask a program to end at its next step.
+// Ctrl-C that saves: SIGINT, SIGTERM, and SIGPIPE where nobody reads any more, ask a program to end at its next step.
 
 #include <sys/types.h>
 
@@ -18,24 +18,29 @@ inline volatile pid_t told_too = 0;
 inline void on_signal(int number) {
   timespec time{};
   ::clock_gettime(CLOCK_MONOTONIC, &time);
-  if (told_too != 0) ::kill(told_too, number);
+  if (told_too != 0 && number != SIGPIPE) ::kill(told_too, number);
   if (signal_number == 0) {
     signal_second = time.tv_sec;
     signal_number = number;
-  } else if (time.tv_sec - signal_second >= 2) {  // not the same one again, which a terminal and a parent may both send
+  } else if (number != SIGPIPE &&
+             time.tv_sec - signal_second >= 2) {  // not the same one again, which a terminal and a parent may both send
     std::signal(number, SIG_DFL);
     std::raise(number);
   }
 }
 }  // namespace detail
 
-/// From here on Ctrl-C and SIGTERM only ask the program to end; once more, some seconds later, and it ends at once.
+/// From here on these only ask the program to end; Ctrl-C once more, some seconds later, and it ends at once.
 inline void catch_signals() {
   struct sigaction action {};
   action.sa_handler = detail::on_signal;
   action.sa_flags = SA_RESTART;
   ::sigemptyset(&action.sa_mask);
-  for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
+  for (const int number : {SIGINT, SIGTERM, SIGPIPE}) ::sigaction(number, &action, nullptr);
+}
+/// From here on they end the program at once again: all that it made is saved.
+inline void release_signals() {
+  for (const int number : {SIGINT, SIGTERM, SIGPIPE}) std::signal(number, SIG_DFL);
 }
 /// Whether the program was asked to end.
 inline bool stop_asked() { return detail::signal_number != 0; }

@@ -80,8 +80,7 @@ class progress {
     const double time = now();
     const bool last = total_ > 0 && done >= total_;
     if (!last &&
-        (terminal_ ? time - told_at_ < 0.1
-                   : total_ == 0 || (done - told_ < std::max<std::int64_t>(1, total_ / 10) && time - told_at_ < 60)))
+        (terminal_ ? time - told_at_ < 0.1 : total_ == 0 || (done - told_ < (total_ + 9) / 10 && time - told_at_ < 60)))
       return;
     told_ = done;
     told_at_ = time;
