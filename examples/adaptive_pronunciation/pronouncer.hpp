@@ -2,10 +2,9 @@
 
 // Letters to phones: an encoder, and a decoder that can answer at every depth.
 
-#include <lithe/io/state.hpp>
 #include <lithe/lithe.hpp>
-#include <nlohmann/json.hpp>
 
+#include "../support/files.hpp"
 #include "dictionary.hpp"
 
 using real = float;

@@ -159,8 +159,7 @@ inline std::vector<table_row> print_table(const pronouncer& p, const dictionary&
 /// Quality against depth, as the paper draws it: a point a row, a colour for what its name begins with; hollow where all phones leave after one
 /// block.
 inline void draw(const std::string& path, const std::vector<table_row>& rows, index_t exits) {
-  std::ofstream svg(path);
-  lithe::require<lithe::io_error>(svg.good(), path, ": cannot be written");
+  std::ostringstream svg;
   double least = 100, most = 0;
   for (const auto& r : rows) least = std::min(least, r.error_rate), most = std::max(most, r.error_rate);
   const auto x = [&](double exit) { return 70 + (exit - 1) / static_cast<double>(std::max<index_t>(1, exits - 1)) * 480; };
@@ -188,6 +187,7 @@ inline void draw(const std::string& path, const std::vector<table_row>& rows, in
         << (fixed_depth(r) ? "white" : colour) << "'><title>" << r.name << ": " << r.error_rate << " % at " << r.mean_exit << "</title></circle>\n";
   }
   svg << "</svg>\n";
+  support::write_file(path, svg.str());
 }
 
 /// The rows that a file of results has of a model and a seed, so that a long run goes on where it was stopped.

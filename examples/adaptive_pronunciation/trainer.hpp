@@ -2,12 +2,12 @@
 
 // Training of a pronouncer, by step and by epoch.
 
-#include <unistd.h>
-
-#include <chrono>
-#include <cstdio>
-
+#include "../support/signals.hpp"
+#include "../support/steps.hpp"
+#include "../support/terminal.hpp"
 #include "pronouncer.hpp"
+
+using support::now;
 
 /// Words as ragged rows: spellings for the encoder, "<" and the phones for the decoder, the phones and ">" as its targets.
 struct word_batch {
@@ -42,6 +42,7 @@ struct trainer {
   pronouncer::record record;
   index_t step = 0, steps = 1;
   double loss = 0;
+  support::step_guard guard;
 
   trainer(pronouncer m, training_config c, index_t all_steps)
       : model(std::move(m)), config(std::move(c)), gradient(lithe::make_gradient(model)), steps(all_steps) {
@@ -71,7 +72,10 @@ struct trainer {
         .learning_rate = config.rate, .warmup_steps = std::min<index_t>(200, steps), .total_steps = steps, .final_ratio = 0.02};
     if (config.mode == "meta") {
       loss = meta_exit_step(model.decoder, matrix_view<const real>(x), m, reduction::mean, record.decoder, gradient.decoder, dec).loss;
-      return adam.step(model.decoder.meta, gradient.decoder.meta, schedule(step++), base);
+      if (guard.accepts(loss, global_norm(model.decoder.meta, gradient.decoder.meta, base)))
+        adam.step(model.decoder.meta, gradient.decoder.meta, schedule(step), base);
+      ++step;
+      return;
     }
     if (config.mode == "mixed") {
       loss = mixed_exit_step(model.decoder, matrix_view<const real>(x), m, words.targets, config.passes, reduction::mean, -100, record.decoder,
@@ -86,8 +90,9 @@ struct trainer {
     }
     model.phones.backward(words.inputs, {}, dx, {}, gradient.phones, dec);
     model.encoder.backward(words.spelling, record.encoder, dmemory, {}, gradient.encoder, enc);
-    clip_by_global_norm(model, gradient, 1.0, base);
-    adam.step(model, gradient, schedule(step++), base);
+    const double norm = clip_by_global_norm(model, gradient, 1.0, base);
+    if (guard.accepts(loss, norm)) adam.step(model, gradient, schedule(step), base);
+    ++step;
   }
 
  private:
@@ -110,34 +115,27 @@ struct training_plan {
   bool detach = false;
 };
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-/// Epochs over the dictionary in an order of the seed's.
+/// Epochs over the dictionary in an order of the seed's; fewer where a signal asks for it.
 inline void train(trainer& t, const dictionary& d, index_t epochs, std::uint64_t seed, const training_plan& r, const lithe::context& ctx,
                   const char* what) {
-  const bool terminal = isatty(STDOUT_FILENO) != 0;
   const auto words = r.limit > 0 ? std::min(d.train.size(), static_cast<std::size_t>(r.limit)) : d.train.size();
   std::vector<std::size_t> order(words);
-  const double begin = now();
-  for (index_t epoch = 0; epoch < epochs; ++epoch) {
+  support::progress line(std::string(what) + ": step", t.steps);
+  for (index_t epoch = 0; epoch < epochs && !support::stop_asked(); ++epoch) {
     std::iota(order.begin(), order.end(), std::size_t{0});
     const auto key = lithe::rng_key{seed}.child(static_cast<std::uint64_t>(1000 + epoch));
     std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return lithe::philox(key, a) < lithe::philox(key, b); });
     double sum = 0, count = 0;
-    for (std::size_t first = 0; first < words; first += static_cast<std::size_t>(t.config.batch)) {
+    for (std::size_t first = 0; first < words && !support::stop_asked(); first += static_cast<std::size_t>(t.config.batch)) {
       word_batch b;
       for (std::size_t i = first; i < std::min(words, first + static_cast<std::size_t>(t.config.batch)); ++i) b.add(d.train[order[i]]);
       t.train(b, seed, ctx);
-      sum += t.loss;
-      ++count;
-      if (terminal) {
-        std::printf("\r%s: step %td/%td, loss %.3f, %.0f s   ", what, t.step, t.steps, sum / count, now() - begin);
-        std::fflush(stdout);
-      }
+      if (std::isfinite(t.loss)) sum += t.loss, ++count;
+      line.show(t.step, {support::format("epoch %td/%td", epoch + 1, epochs), support::format("loss %.3f", sum / count), t.guard.report()});
     }
-    std::printf("%s%s: epoch %td/%td, loss %.3f, %.0f s\n", terminal ? "\r" : "", what, epoch + 1, epochs, sum / count, now() - begin);
-    std::fflush(stdout);
   }
+  line.end();
+  t.guard.check();
 }
 
 inline index_t steps_of(const dictionary& d, index_t epochs, const training_plan& r) {
@@ -154,7 +152,7 @@ inline lithe::exit_target_config oracle(const training_plan& r, const std::strin
 
 /// After the trunk, the choice of exits: the exit loss beside the decoder's (arXiv 1910.10073, section 5), or the learned confidence alone.
 inline pronouncer train_with_exits(pronouncer model, const dictionary& d, const model_config& c, const training_plan& r, const lithe::context& ctx) {
-  if (r.exit_epochs == 0) return model;
+  if (r.exit_epochs == 0 || support::stop_asked()) return model;
   const bool meta = c.distribution == "meta";
   training_config t{.mode = meta ? "meta" : "aligned", .batch = r.batch, .rate = meta ? r.rate : r.rate / 4};
   t.exits.alpha = r.alpha;

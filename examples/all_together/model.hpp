@@ -2,7 +2,6 @@
 
 // One byte-level language model out of all systems: what it is described by, and how it is built.
 
-#include <lithe/io/state.hpp>
 #include <lithe/lithe.hpp>
 #include <nlohmann/json.hpp>
 
@@ -37,19 +36,24 @@ struct model_config {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(model_config, attention, feed_forward, blocks_per_exit, features, heads, context, window, rounds,
                                                 hidden, sub_keys, top_k, dropout, exit_loss, seed)
 
-/// Throws config_error unless a model can be built.
-inline void check(const model_config& c) {
-  const auto within = [](const char* key, auto value, auto least, auto most) {
-    lithe::require<lithe::config_error>(value >= least && value <= most, "configuration: ", key, ": expected ", least, " to ", most, ", got ", value);
+/// Throws config_error unless a model can be built; where(key) says where that is written.
+template <class Where>
+void check(const model_config& c, const Where& where) {
+  using lithe::config_error;
+  const auto within = [&](const char* key, auto value, auto least, auto most) {
+    lithe::require<config_error>(value >= least && value <= most, where(key), key, ": expected ", least, " to ", most, ", got ", value);
   };
-  const auto known = [](const char* key, const std::vector<std::string>& kinds, std::initializer_list<const char*> all, const char* names) {
+  const auto known = [&](const char* key, const std::vector<std::string>& kinds, std::initializer_list<const char*> all, const char* names) {
     for (const std::string& kind : kinds)
-      lithe::require<lithe::config_error>(std::find(all.begin(), all.end(), kind) != all.end(), "configuration: ", key, ": expected ", names, ", got '", kind, "'");
+      lithe::require<config_error>(std::find(all.begin(), all.end(), kind) != all.end(), where(key), key, ": expected ", names, ", got '", kind, "'");
+  };
+  const auto divides = [&](const char* key, index_t divisor, const char* of, index_t number) {
+    lithe::require<config_error>(number % divisor == 0, where(key), key, ": expected a divisor of the ", number, " ", of, ", got ", divisor);
   };
   const auto blocks = static_cast<index_t>(c.attention.size());
-  within("the number of kinds of attention, one for each block", blocks, index_t{1}, index_t{256});
-  lithe::require<lithe::config_error>(c.feed_forward.size() == c.attention.size(), "configuration: feed_forward: expected a kind for each of ", blocks,
-                                      " blocks, got ", c.feed_forward.size());
+  lithe::require<config_error>(blocks >= 1 && blocks <= 256, where("attention"), "attention: expected a kind for each of 1 to 256 blocks, got ", blocks);
+  lithe::require<config_error>(c.feed_forward.size() == c.attention.size(), where("feed_forward"), "feed_forward: expected a kind for each of ", blocks,
+                               " blocks, got ", c.feed_forward.size());
   known("attention", c.attention, {"lsh", "bucket", "local", "collaborative"}, "lsh, bucket, local or collaborative");
   known("feed_forward", c.feed_forward, {"chunked", "memory", "ultramem"}, "chunked, memory or ultramem");
   within("blocks_per_exit", c.blocks_per_exit, index_t{1}, blocks);
@@ -63,26 +67,50 @@ inline void check(const model_config& c) {
   within("top_k", c.top_k, index_t{1}, c.sub_keys);
   within("dropout", c.dropout, 0.0, 0.95);
   within("exit_loss", c.exit_loss, 0.0, 100.0);
-  lithe::require<lithe::config_error>(blocks % c.blocks_per_exit == 0 && c.features % c.heads == 0 && c.sub_keys % 2 == 0,
-                                      "configuration: expected blocks divisible by blocks_per_exit, features by heads and sub_keys by 2, got ", blocks, " / ",
-                                      c.blocks_per_exit, ", ", c.features, " / ", c.heads, " and ", c.sub_keys);
+  divides("blocks_per_exit", c.blocks_per_exit, "blocks", blocks);
+  divides("heads", c.heads, "features", c.features);
+  lithe::require<config_error>(c.sub_keys % 2 == 0, where("sub_keys"), "sub_keys: expected an even number, got ", c.sub_keys);
+}
+inline void check(const model_config& c) {
+  check(c, [](const char*) { return "configuration: "; });
 }
 
-/// A configuration from JSON text. Throws config_error that names the key and says what was expected.
-inline model_config parse_config(const std::string& text) {
+/// A configuration from JSON text. Throws config_error that names the file, or whatever `name` says, the line, the key, and
+/// what was expected.
+inline model_config parse_config(const std::string& text, const std::string& name = "configuration") {
   using lithe::config_error;
-  const nlohmann::json given = nlohmann::json::parse(text, nullptr, false), known = model_config{};
-  lithe::require<config_error>(given.is_object(), "configuration: expected a JSON object");
+  const auto line = [&](std::size_t at) {
+    const auto end = text.begin() + static_cast<std::ptrdiff_t>(std::min(at, text.size()));
+    return lithe::concat(name, ":", 1 + std::count(text.begin(), end, '\n'), ": ");
+  };
+  const auto where = [&](const std::string& key) { return line(std::min(text.find('"' + key + '"'), text.size())); };
+  nlohmann::json given;
+  try {
+    given = nlohmann::json::parse(text);
+  } catch (const nlohmann::json::parse_error& e) {
+    const std::string what = e.what();  // "[...] parse error at line ..., column ...: what is wrong"
+    const auto begin = what.find(": ");
+    throw config_error(line(e.byte == 0 ? 0 : e.byte - 1) + "expected a JSON object, found a " +
+                       (begin == what.npos ? what : what.substr(begin + 2)));
+  }
+  const nlohmann::json known = model_config{};
+  lithe::require<config_error>(given.is_object(), line(0), "expected a JSON object, got a JSON ", given.type_name());
   for (const auto& [key, value] : given.items()) {
-    lithe::require<config_error>(known.contains(key), "configuration: there is no key '", key, "'");
+    lithe::require<config_error>(known.contains(key), where(key), "there is no key '", key, "'");
     const auto& like = known[key];
     const bool strings = value.is_array() && std::all_of(value.begin(), value.end(), [](const auto& v) { return v.is_string(); });
-    lithe::require<config_error>(like.is_array() ? strings : like.is_number_float() ? value.is_number() : value.is_number_integer(), "configuration: ", key,
-                                 ": expected ", like.is_array() ? "a list of strings" : like.is_number_float() ? "a number" : "a whole number", ", got a JSON ",
-                                 value.type_name());
+    const bool fits = like.is_array()          ? strings
+                      : like.is_number_float() ? value.is_number()
+                                               : value.is_number_integer() && (key != "seed" || value.is_number_unsigned());
+    lithe::require<config_error>(fits, where(key), key, ": expected ",
+                                 like.is_array()          ? "a list of strings"
+                                 : like.is_number_float() ? "a number"
+                                 : key == "seed"          ? "a whole number of at least 0"
+                                                          : "a whole number",
+                                 ", got a JSON ", value.type_name(), value.is_number() ? " " + value.dump() : "");
   }
   const auto config = given.get<model_config>();
-  check(config);
+  check(config, where);
   return config;
 }
 

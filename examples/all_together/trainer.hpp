@@ -2,17 +2,12 @@
 
 // A model in training: its steps, how good each exit is, and its files.
 
-#include <fstream>
 #include <numbers>
-#include <sstream>
 
+#include "../support/files.hpp"
+#include "../support/steps.hpp"
 #include "model.hpp"
 
-inline std::string read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  lithe::require<lithe::io_error>(file.good(), path, ": cannot be read");
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 inline std::vector<token_t> to_tokens(const std::string& text) {
   std::vector<token_t> out;
   for (const char c : text) out.push_back(static_cast<unsigned char>(c));
@@ -44,6 +39,7 @@ struct trainer {
   lithe::gradient_of<Model> gradient;
   lithe::exit_training_record<decoder_type> record;
   std::int64_t step = 0;
+  support::step_guard guard;
 
   trainer(const model_config& c, Model m)
       : config(c), model(std::move(m)), adam(optimiser_settings(model)), gradient(lithe::make_gradient(model)) {
@@ -74,8 +70,8 @@ struct trainer {
     const auto losses = lithe::aligned_exit_step(decoder(), x, lithe::nothing{}, b.targets, how, static_cast<index_t>(step), record, dx, lithe::nothing{},
                                                  std::get<1>(gradient.layers), ctx.child(1));
     words().backward(b.inputs, {}, dx, lithe::nothing{}, std::get<0>(gradient.layers), ctx.child(0));
-    lithe::clip_by_global_norm(model, gradient, 1.0, ctx);
-    adam.step(model, gradient, rate, ctx);
+    const double norm = lithe::clip_by_global_norm(model, gradient, 1.0, ctx);
+    if (guard.accepts(losses.total, norm)) adam.step(model, gradient, rate, ctx);
     ++step;
     return losses;
   }
@@ -92,8 +88,11 @@ struct trainer {
     return out;
   }
 
-  void save(const std::string& path) {
+  /// `training`: what a run that is resumed goes on with, an object of JSON.
+  void save(const std::string& path, const nlohmann::json& training = nlohmann::json::object()) {
     lithe::state_writer file;
+    file.metadata["program"] = "all_together";
+    file.metadata["training"] = training.dump();
     file.metadata["config"] = nlohmann::json(config).dump();
     file.add_model(model);
     file.add_training("optimizer", adam);
@@ -111,8 +110,5 @@ struct trainer {
 
 /// The configuration in a saved file; build the model from it, then `trainer::resume` or `lithe::load_model`.
 inline model_config read_saved_config(const std::string& path) {
-  const auto metadata = lithe::read_model_metadata(path);
-  const auto found = metadata.find("config");
-  lithe::require<lithe::io_error>(found != metadata.end(), path, ": expected a model saved by all_together, found no configuration");
-  return parse_config(found->second);
+  return parse_config(support::read_saved(path, {"all_together"}).at("config"), path + ", config");
 }

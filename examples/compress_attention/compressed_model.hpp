@@ -82,7 +82,8 @@ double bits_per_byte(const Model& m, const corpus& data, index_t T, index_t piec
   return sum / static_cast<double>(std::max<index_t>(1, counted)) / std::numbers::ln2;
 }
 
-/// Batches of the training text, drawn by step; body(gradient) after each backward pass.
+/// Batches of the training text, drawn by step; body(step, gradient) or body(step, gradient, loss) after
+/// each backward pass.
 template <class Model, class Body>
 void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch, std::uint64_t seed, const lithe::context& base, Body&& body) {
   auto gradient = lithe::make_gradient(m);
@@ -104,9 +105,12 @@ void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch
     }
     lithe::set_zero(m, gradient);
     m.forward(inputs, logits, record, ctx);
-    static_cast<void>(lithe::cross_entropy<real>(logits, targets, {}, logits, ctx));
+    const double loss = lithe::cross_entropy<real>(logits, targets, {}, logits, ctx).loss;
     m.backward(inputs, record, logits, lithe::nothing{}, gradient, ctx);
-    body(step, gradient);
+    if constexpr (std::invocable<Body&, index_t, decltype((gradient)), double>)
+      body(step, gradient, loss);
+    else
+      body(step, gradient);
   }
 }
 
@@ -127,11 +131,13 @@ void fit(
   lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = o.groups});
   const lithe::learning_rate_schedule rate{
       .learning_rate = o.rate, .warmup_steps = std::min(o.warmup, o.steps), .total_steps = o.steps, .final_ratio = 0.05};
-  train(m, data, T, o.steps, batch, o.seed, ctx, [&](index_t step, auto& gradient) {
-    lithe::clip_by_global_norm(m, gradient, 1, ctx);
-    adam.step(m, gradient, rate(step), ctx);
+  support::step_guard guard;
+  train(m, data, T, o.steps, batch, o.seed, ctx, [&](index_t step, auto& gradient, double loss) {
+    const double norm = lithe::clip_by_global_norm(m, gradient, 1, ctx);
+    if (guard.accepts(loss, norm)) adam.step(m, gradient, rate(step), ctx);
     tell(static_cast<double>(step) / static_cast<double>(o.steps));
   });
+  guard.check();
 }
 
 /// Microseconds for one token whose sequence fills the context.

@@ -1,21 +1,15 @@
 // Re-parametrises the attention of a trained language model with collaborative heads, beside its rivals at the same number of parameters;
 // or that of a published checkpoint, from file to file.
-#include <unistd.h>
-
-#include <CLI/CLI.hpp>
-#include <cstdio>
 #include <lithe/io/attention_checkpoints_encoder.hpp>
 
+#include "../support/options.hpp"
+#include "../support/text.hpp"
 #include "compressed_model.hpp"
-
-#if !defined(DEFAULT_TEXT)
-#define DEFAULT_TEXT "examples/data/kjv_new_testament.txt"
-#endif
 
 namespace {
 
 struct settings {
-  std::string model, text = DEFAULT_TEXT, prompt = "And he said unto them, ", save, plot = "captured_variance.svg", json, import,
+  std::string model, text, prompt = "And he said unto them, ", save, plot = "captured_variance.svg", json, import,
                      output = "collaborative.safetensors";
   index_t train_steps = 600, fine_tune_steps = 100, pieces = 40, heads = 0, rank = 0, save_fraction = 4;
   double fine_tune_rate = 3e-4;
@@ -23,20 +17,18 @@ struct settings {
 };
 
 void write_text(const std::string& path, const std::string& text) {
-  std::ofstream out(path);
-  out << text;
-  lithe::require<lithe::io_error>(out.good(), path, ": cannot be written");
+  support::write_file(path, text);
   std::printf("wrote %s\n", path.c_str());
 }
 
-lithe::decomposition_options with_progress(index_t rank) {
-  lithe::decomposition_options o{.rank = rank};
-  if (isatty(STDERR_FILENO) != 0)
-    o.progress = [](index_t, index_t sweep, double error) { std::fprintf(stderr, "\rsweep %3td  error %.6f", sweep, error); };
-  return o;
+lithe::decomposition_options with_progress(index_t rank, support::progress& line) {
+  return {.rank = rank, .progress = [&line](index_t, index_t sweep, double error) { line.show(sweep, {support::format("error %.6f", error)}); }};
 }
-void end_progress() {
-  if (isatty(STDERR_FILENO) != 0) std::fprintf(stderr, "\r%40s\r", "");
+/// `fit` with a line of progress, which a table row then takes the place of.
+void fit(compressed::model& m, const corpus& data, const model_config& c, const compressed::fit_options& o, const lithe::context& ctx) {
+  support::progress line("step", 0, 0, stderr);
+  compressed::fit(m, data, c.context, o, ctx, [&](double share) { line.show(std::lround(share * static_cast<double>(o.steps)) + 1); });
+  line.clear();
 }
 
 int run_import(const settings& s, const lithe::context& ctx) {
@@ -45,9 +37,10 @@ int run_import(const settings& s, const lithe::context& ctx) {
   index_t heads = s.heads;
   const auto config = std::filesystem::path(s.import).parent_path() / "config.json";
   if (heads == 0 && std::filesystem::exists(config)) {
-    const auto j = nlohmann::json::parse(std::ifstream(config));
+    const auto j = nlohmann::json::parse(support::read_file(config), nullptr, false);
+    require<io_error>(j.is_object(), config.string(), ": expected a JSON object");
     for (const char* name : {"num_attention_heads", "n_heads", "encoder_attention_heads"})
-      if (heads == 0 && j.contains(name)) heads = j.at(name);
+      if (heads == 0 && j.contains(name) && j.at(name).is_number_integer()) heads = j.at(name);
   }
   require<config_error>(heads > 0, "--import: expected --heads, or a config.json beside the file that says it");
   const auto all = find_attention(from);
@@ -55,8 +48,9 @@ int run_import(const settings& s, const lithe::context& ctx) {
   const index_t rank =
       s.rank > 0 ? s.rank : from.info(published_tensors(from).stored(all.front().query + ".weight")).rows() / 2;
   std::printf("%zu attention layers of %td heads, %td shared dimensions\n", all.size(), heads, rank);
-  reparametrise_checkpoint(from, s.output, heads, with_progress(rank), ctx, [&](const attention_names& n, const decomposition& d) {
-    end_progress();
+  support::progress line("sweep", 0, 0, stderr);
+  reparametrise_checkpoint(from, s.output, heads, with_progress(rank, line), ctx, [&](const attention_names& n, const decomposition& d) {
+    line.clear();
     std::printf("%-60s error %.4f after %zu sweeps%s%s\n", n.block.c_str(), d.error(), d.errors.size() - 1, d.converged ? "" : ", not converged",
                 d.regularised ? ", regularised" : "");
   });
@@ -75,7 +69,7 @@ compressed::model report(const std::string& name, compressed::model m, double er
   const double before = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
   const double flops = lithe::cost_of(m, c.context).flops;
   const double decode = compressed::decode_time(m, data, c.context, ctx);
-  compressed::fit(m, data, c.context, {.steps = s.fine_tune_steps, .rate = s.fine_tune_rate}, ctx);
+  fit(m, data, c, {.steps = s.fine_tune_steps, .rate = s.fine_tune_rate}, ctx);
   const double after = compressed::bits_per_byte(m, data, c.context, s.pieces, ctx);
   std::printf("%-26s %8.4f %12td %12.0f %12td %10.1f %10.3f %10.3f\n", name.c_str(), error, size.parameters, flops / 1000, 4 * size.cached, decode,
               before, after);
@@ -85,31 +79,41 @@ compressed::model report(const std::string& name, compressed::model m, double er
 
 int run(const settings& s) {
   using namespace lithe;
-  const parallel_executor exec(s.workers > 0 ? s.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
+  const auto exec = support::make_executor(s.workers);
   workspace work(exec);
   const context ctx{.exec = &exec, .work = &work};
-  if (!s.save.empty()) require_writable(s.save);
-  if (!s.import.empty()) return run_import(s, ctx);
+  const std::string text = support::given_or_bundled(s.text, "kjv_new_testament.txt");
+  support::outputs files;
+  for (const std::string& path : {text, s.model, s.import}) files.reads(path);
+  if (!s.import.empty()) {
+    files.add("--output", s.output);
+    return run_import(s, ctx);
+  }
+  files.add_model("--save", s.save);
+  files.add("--plot", s.plot);
+  files.add("--json", s.json);
 
   model_config c;
   c.feed_forward = "dense";
-  if (!s.model.empty()) c = read_config(s.model);
+  if (!s.model.empty()) c = read_config(s.model, {"train_language_model", "compress_attention"});
   require<config_error>(c.objective == "causal", s.model, ": expected a causal model, got a masked one");
-  const corpus data(s.text, c.context);
+  const corpus data(text, c.context);
   const auto metadata = s.model.empty() ? metadata_map{} : read_model_metadata(s.model);
-  const auto width = metadata.find("key_width");
-  compressed::model model =
-      s.model.empty() ? compressed::widen(make_model(c)) : compressed::read(s.model, c, width == metadata.end() ? 0 : std::stoll(width->second), ctx);
-  if (width != metadata.end()) {
+  const index_t width = metadata.contains("key_width") ? support::read_settings<index_t>(s.model, metadata, "key_width") : 0;
+  compressed::model model = s.model.empty() ? compressed::widen(make_model(c)) : compressed::read(s.model, c, width, ctx);
+  if (width > 0) {
     print_head();
-    report(concat("collaborative, r = ", width->second), model, 0, data, c, s, ctx);
-    std::printf("\n%s\n", sample(model, c, s.prompt, 200, {.temperature = 0.8, .top_k = 20}, c.seed, ctx).c_str());
+    report(concat("collaborative, r = ", width), model, 0, data, c, s, ctx);
+    std::printf("\n");
+    support::byte_writer out(stdout);
+    out.put(sample(model, c, s.prompt, 200, {.temperature = 0.8, .top_k = 20}, c.seed, ctx));
+    out.end();
     return 0;
   }
   if (s.model.empty()) {
     std::printf("no model given: training one for %td steps\n", s.train_steps);
     std::fflush(stdout);
-    compressed::fit(model, data, c.context, {.steps = s.train_steps, .rate = 3e-3}, ctx);
+    fit(model, data, c, {.steps = s.train_steps, .rate = 3e-3}, ctx);
   }
 
   // The paper's figure.
@@ -154,15 +158,16 @@ int run(const settings& s) {
                                        {"SVD of heads", decomposition_method::head_svd},
                                        {"SVD of their sum", decomposition_method::product_svd}}) {
       if (fraction == 1 && method != decomposition_method::alternating) continue;
-      auto o = with_progress(rank);
+      support::progress line("sweep", 0, 0, stderr);
+      auto o = with_progress(rank, line);
       o.method = method;
       double error = 0;
       const compressed::model small = compressed::make(model, o, ctx, error);
-      end_progress();
+      line.clear();
       parameters = compressed::size_of_attention(small).parameters;
       const compressed::model tuned = report(concat(name, ", r = ", rank), small, error, data, c, s, ctx);
       if (!s.save.empty() && fraction == s.save_fraction && method == decomposition_method::alternating) {
-        save_model(s.save, tuned, {{"config", config_text(c)}, {"key_width", std::to_string(rank)}});
+        save_model(s.save, tuned, {{"program", "compress_attention"}, {"config", config_text(c)}, {"key_width", std::to_string(rank)}});
         std::printf("saved %s\n", s.save.c_str());
       }
     }
@@ -190,32 +195,38 @@ int run(const settings& s) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  using support::between;
   settings s;
   CLI::App app{"Re-parametrises trained attention with collaborative heads, beside truncated SVD and head pruning."};
-  app.add_option("model", s.model,
-                 "file saved by train_language_model (causal), or by this program: then it is only judged; without one a small model is trained");
-  app.add_option("--text", s.text, "text file")->capture_default_str();
-  app.add_option("--train-steps", s.train_steps, "steps of the small model")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--fine-tune", s.fine_tune_steps, "steps after compression")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--rate", s.fine_tune_rate, "learning rate of those")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--pieces", s.pieces, "held-out contexts to evaluate on")->check(CLI::PositiveNumber)->capture_default_str();
+  auto* model = app.add_option("model", s.model,
+                               "file saved by train_language_model (causal), or by this program: then it is only judged; without one a small "
+                               "model is trained");
+  app.add_option("--text", s.text, "text file; the bundled King James New Testament unless given");
+  app.add_option("--train-steps", s.train_steps, "steps of the small model")
+      ->check(between<index_t>(0, 1000000000))
+      ->excludes(model)
+      ->capture_default_str();
+  app.add_option("--fine-tune", s.fine_tune_steps, "steps after compression")->check(between<index_t>(0, 1000000000))->capture_default_str();
+  app.add_option("--rate", s.fine_tune_rate, "learning rate of those")->check(between(1e-9, 10.0))->capture_default_str();
+  app.add_option("--pieces", s.pieces, "held-out contexts to evaluate on")->check(between<index_t>(1, 1000000000))->capture_default_str();
   app.add_option("--plot", s.plot, "SVG of the captured variance; empty for none")->capture_default_str();
-  app.add_option("--json", s.json, "the same as JSON");
+  app.add_option("--json", s.json, "file for the same as JSON");
   app.add_option("--prompt", s.prompt, "what a compressed model continues")->capture_default_str();
-  app.add_option("--save", s.save, "file for the chosen compressed model, fine-tuned");
+  auto* save = app.add_option("--save", s.save, "file for the chosen compressed model, fine-tuned");
   app.add_option("--save-fraction", s.save_fraction, "which: features / this dimensions")
       ->check(CLI::IsMember({1, 2, 3, 4, 8}))
       ->capture_default_str();
-  app.add_option("--import", s.import, "safetensors file with the attention of BERT, DistilBERT, ALBERT or Whisper: only converts it");
-  app.add_option("--heads", s.heads, "its heads; 0 = what config.json beside it says")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--rank", s.rank, "its shared dimensions; 0 = half of the key width")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--output", s.output, "the converted file")->capture_default_str();
-  app.add_option("--workers", s.workers, "threads; 0 = all processors")->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  try {
-    return run(s);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "compress_attention: %s\n", e.what());
-    return 1;
-  }
+  auto* import = app.add_option("--import", s.import, "safetensors file with the attention of BERT, DistilBERT, ALBERT or Whisper: only converts it")
+                     ->excludes(model, save);
+  app.add_option("--heads", s.heads, "its heads; 0 = what config.json beside it says")
+      ->check(between<index_t>(0, 1024))
+      ->needs(import)
+      ->capture_default_str();
+  app.add_option("--rank", s.rank, "its shared dimensions; 0 = half of the key width")
+      ->check(between<index_t>(0, 65536))
+      ->needs(import)
+      ->capture_default_str();
+  app.add_option("--output", s.output, "the converted file")->needs(import)->capture_default_str();
+  support::add_workers(app, s.workers);
+  return support::run_program(app, argc, argv, [&] { return run(s); });
 }

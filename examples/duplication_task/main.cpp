@@ -1,12 +1,11 @@
 // The duplication task of arXiv 2001.04451, table 2: sequences 0w0w with random symbols w, of which a causal language model with one layer is to
 // predict the second w. Which earlier token holds the next symbol, only its position tells, so a query must find one key among all. Models
 // are trained with N rounds of hashing and evaluated with M.
-#include <unistd.h>
-
-#include <CLI/CLI.hpp>
-#include <chrono>
-#include <cstdio>
 #include <lithe/lithe.hpp>
+
+#include "../support/options.hpp"
+#include "../support/steps.hpp"
+#include "../support/terminal.hpp"
 
 namespace {
 
@@ -95,7 +94,6 @@ double accuracy(const model& m, const task_config& c, lithe::context ctx) {
   return static_cast<double>(right) / static_cast<double>(all);
 }
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 std::string name(index_t rounds) { return rounds == exact ? "exact" : std::to_string(rounds); }
 
 model train(const task_config& c, index_t rounds, lithe::context ctx) {
@@ -106,8 +104,8 @@ model train(const task_config& c, index_t rounds, lithe::context ctx) {
   matrix<real> logits;
   const lithe::learning_rate_schedule schedule{
       .learning_rate = c.rate, .warmup_steps = std::min(c.warmup, c.steps), .total_steps = c.steps, .final_ratio = 0.02};
-  const bool terminal = isatty(1) != 0;
-  const double begin = now();
+  support::step_guard guard;
+  support::progress line("rounds " + name(rounds) + ": step", c.steps);
   ctx.train = true;
   for (index_t step = 0; step < c.steps; ++step) {
     const batch data(c, lithe::rng_key{c.seed}.child(2).child(static_cast<std::uint64_t>(step)));
@@ -118,21 +116,16 @@ model train(const task_config& c, index_t rounds, lithe::context ctx) {
     m.forward(data.inputs, logits, record, ctx);
     const double loss = lithe::cross_entropy<real>(logits, data.targets, {}, logits, ctx).loss;
     m.backward(data.inputs, record, logits, lithe::nothing{}, gradient, ctx);
-    lithe::clip_by_global_norm(m, gradient, 1.0, ctx);
-    adam.step(m, gradient, schedule(step), ctx);
-    const bool last = step + 1 == c.steps;
-    if (last || (step + 1) % (terminal ? 10 : 100) == 0) {
-      const double seconds = now() - begin, left = seconds / static_cast<double>(step + 1) * static_cast<double>(c.steps - step - 1);
-      std::printf("%srounds %s: step %td/%td, loss %.4f, %d:%02d left   %s", terminal ? "\r" : "", name(rounds).c_str(), step + 1, c.steps, loss,
-                  static_cast<int>(left) / 60, static_cast<int>(left) % 60, terminal && !last ? "" : "\n");
-      std::fflush(stdout);
-    }
+    const double norm = lithe::clip_by_global_norm(m, gradient, 1.0, ctx);
+    if (guard.accepts(loss, norm)) adam.step(m, gradient, schedule(step), ctx);
+    line.show(step + 1, {support::format("loss %.4f", loss), guard.report()});
   }
+  guard.check();
   return m;
 }
 
 void run(const task_config& c) {
-  const lithe::parallel_executor exec(c.workers > 0 ? c.workers : std::max(1, static_cast<int>(std::thread::hardware_concurrency())));
+  const auto exec = support::make_executor(c.workers);
   lithe::workspace work(exec);
   lithe::context ctx;
   ctx.exec = &exec;
@@ -161,28 +154,32 @@ void run(const task_config& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  using support::between;
   task_config c;
   CLI::App app{"Trains and evaluates LSH attention on the duplication task with different numbers of hash rounds."};
-  app.add_option("--attention", c.attention)->check(CLI::IsMember({"lsh", "bucket"}))->capture_default_str();
-  app.add_option("--word", c.word, "symbols in w")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--vocabulary", c.vocabulary, "different symbols")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--train-rounds", c.train_rounds, "rounds of hashing to train with; 0 = exact attention")->check(CLI::NonNegativeNumber)->delimiter(',')->capture_default_str();
-  app.add_option("--evaluation-rounds", c.evaluation_rounds, "rounds of hashing to evaluate with")->delimiter(',')->capture_default_str();
-  app.add_option("--features", c.features)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--heads", c.heads)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--chunk", c.chunk, "sorted tokens in a chunk (lsh)")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--buckets", c.buckets, "of a round")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--steps", c.steps)->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--batch", c.batch, "sequences a step")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--rate", c.rate, "learning rate")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--evaluations", c.evaluations, "sequences to evaluate with")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--seed", c.seed)->capture_default_str();
-  app.add_option("--workers", c.workers, "threads; 0 = all processors")->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  try {
+  app.add_option("--attention", c.attention, "kind of attention")->check(CLI::IsMember({"lsh", "bucket"}))->capture_default_str();
+  app.add_option("--word", c.word, "symbols in w")->check(between<index_t>(1, 65536))->capture_default_str();
+  app.add_option("--vocabulary", c.vocabulary, "different symbols")->check(between<index_t>(1, 65536))->capture_default_str();
+  app.add_option("--train-rounds", c.train_rounds, "rounds of hashing to train with; 0 = exact attention")
+      ->check(between<index_t>(0, 64))
+      ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--evaluation-rounds", c.evaluation_rounds, "rounds of hashing to evaluate with; 0 = exact attention")
+      ->check(between<index_t>(0, 64))
+      ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--features", c.features, "numbers that stand for a symbol")->check(between<index_t>(1, 16384))->capture_default_str();
+  app.add_option("--heads", c.heads, "of attention")->check(between<index_t>(1, 1024))->capture_default_str();
+  app.add_option("--chunk", c.chunk, "sorted tokens in a chunk (lsh)")->check(between<index_t>(1, 65536))->capture_default_str();
+  app.add_option("--buckets", c.buckets, "of a round")->check(between<index_t>(1, 65536))->capture_default_str();
+  app.add_option("--steps", c.steps, "steps of each training")->check(between<index_t>(1, 1000000000))->capture_default_str();
+  app.add_option("--batch", c.batch, "sequences a step")->check(between<index_t>(1, 65536))->capture_default_str();
+  app.add_option("--rate", c.rate, "learning rate")->check(between(1e-9, 10.0))->capture_default_str();
+  app.add_option("--evaluations", c.evaluations, "sequences to evaluate with")->check(between<index_t>(1, 1000000000))->capture_default_str();
+  support::add_seed(app, c.seed, "of the weights and the sequences");
+  support::add_workers(app, c.workers);
+  return support::run_program(app, argc, argv, [&] {
     run(c);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "duplication_task: %s\n", e.what());
-    return 1;
-  }
+    return 0;
+  });
 }

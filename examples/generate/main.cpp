@@ -1,11 +1,6 @@
 // Continues prompts with a model that train_language_model or train_exits saved: one file holds all that is needed.
-#include <unistd.h>
-
-#include <CLI/CLI.hpp>
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-
+#include "../support/options.hpp"
+#include "../support/text.hpp"
 #include "exit_model.hpp"
 
 namespace {
@@ -21,94 +16,123 @@ struct run_config {
   lithe::generator_config text{.how = {.temperature = 0.7}, .most = 400};
   double threshold = 0.9;
   std::uint64_t seed = 1;
-  int workers = 1;
+  int workers = 0;
 };
 
-/// Each byte in the colour of its depth, green for the first block, red for the top; where there are no colours, digits below each line.
-void print_depths(const std::string& prompt, std::span<const token_t> text, std::span<const std::int32_t> exits, index_t blocks) {
-  const bool colour = isatty(STDOUT_FILENO) != 0 && std::getenv("NO_COLOR") == nullptr;
-  constexpr int ramp[] = {46, 118, 190, 226, 214, 202, 196};
-  std::printf("%s", prompt.c_str());
-  std::string digits(prompt.size() - (prompt.rfind('\n') + 1), ' ');  // below what is on the last line
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const auto byte = static_cast<char>(text[i]);
-    if (colour) {
-      std::printf("\033[38;5;%dm%c\033[0m", ramp[(exits[i] - 1) * 6 / std::max<index_t>(1, blocks - 1)], byte);
-      continue;
-    }
-    digits += static_cast<char>(exits[i] < 10 ? '0' + exits[i] : '+');
-    if (byte != '\n') std::printf("%c", byte);
-    if (byte == '\n' || i + 1 == text.size()) std::printf("\n%s\n", std::exchange(digits, "").c_str());
-  }
-  std::printf("\n");
-}
-
+/// Continues all prompts side by side. The first text is written while it comes, then what there is of the next one,
+/// and so on.
 template <class Model>
-lithe::generation continued(const Model& model, const run_config& r, const lithe::context& ctx) {
+lithe::generation write(const Model& model, const run_config& r, index_t exits, const lithe::context& ctx) {
   std::vector<std::vector<token_t>> prompts;
   for (const std::string& p : r.prompts) prompts.push_back(to_tokens(p.empty() ? "\n" : p));
-  const auto begin = std::chrono::steady_clock::now();
-  auto out = lithe::generate(model, prompts, r.text, lithe::rng_key{r.seed}, ctx);
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  lithe::generator<Model> g(model, r.text);
+  g.start(prompts, lithe::rng_key{r.seed}, ctx);
+  const double begin = support::now();
+  support::byte_writer out(stdout, static_cast<int>(exits));
+  out.put(r.prompts.front());
+  std::size_t at = 0, done = 0;  // the text that is written, and how much of its continuation
+  for (bool more = true; more;) {
+    more = g.step(ctx) > 0 && !support::stop_asked();
+    while (at < prompts.size()) {
+      const auto text = g.text(static_cast<index_t>(at)).subspan(prompts[at].size());
+      for (; done < text.size(); ++done)
+        out.put(static_cast<char>(text[done]), exits == 0 ? 0 : g.exits(static_cast<index_t>(at))[done]);
+      const bool over =
+          static_cast<index_t>(done) >= r.text.most ||
+          (done > 0 && std::find(r.text.stop.begin(), r.text.stop.end(), text[done - 1]) != r.text.stop.end());
+      if (more && !over) break;
+      out.end();
+      done = 0;
+      if (++at < prompts.size()) out.put(r.prompts[at]);
+    }
+  }
+  lithe::generation all = g.result();
   std::size_t bytes = 0;
-  for (const auto& text : out.tokens) bytes += text.size();
-  std::fprintf(stderr, "%.0f bytes/s\n", static_cast<double>(bytes) / seconds);
-  return out;
+  for (const auto& text : all.tokens) bytes += text.size();
+  std::fprintf(stderr, "%.0f bytes/s\n", static_cast<double>(bytes) / (support::now() - begin));
+  return all;
 }
 
-void run(run_config r, const lithe::context& ctx) {
-  const model_config config = read_config(r.path);
-  lithe::require<lithe::config_error>(config.objective == "causal", r.path, ": a masked model fills gaps, it cannot continue a prompt");
+int run(run_config r) {
+  const auto exec = support::make_executor(r.workers);
+  lithe::workspace work(exec);
+  const lithe::context ctx{.exec = &exec, .work = &work};
+  const model_config config = read_config(r.path, {"train_language_model", "train_exits"});
+  lithe::require<lithe::config_error>(config.objective == "causal", r.path,
+                                      ": a masked model fills gaps, it cannot continue a prompt");
   r.text.capacity = config.context;
   r.text.stop = to_tokens(r.stop);
+  std::size_t longest = 0;
+  for (const auto& p : r.prompts) longest = std::max(longest, p.size());
+  if (static_cast<index_t>(longest) + r.text.most > config.context)
+    std::fprintf(stderr, "the model sees %td bytes: a text that grows longer goes on from its last half of them\n",
+                 config.context);
+  support::catch_signals();
   if (!has_exits(r.path)) {
-    lithe::require<lithe::config_error>(r.exit == "full" && r.text.drafts == 0, r.path, ": --exit and --drafts need a model of train_exits");
+    lithe::require<lithe::config_error>(r.exit == "full" && r.text.drafts == 0, r.path,
+                                        ": --exit and --drafts need a model of train_exits");
     language_model model = make_model(config);
     lithe::load_model(r.path, model);
     lithe::prepack(model);
-    const auto out = continued(model, r, ctx);
-    for (std::size_t i = 0; i < r.prompts.size(); ++i)
-      std::printf("%s%s\n", r.prompts[i].c_str(), std::string(out.tokens[i].begin(), out.tokens[i].end()).c_str());
-    return;
+    write(model, r, 0, ctx);
+    return support::stop_status();
   }
   exit_language_model model = make_exit_model(config);
   lithe::load_model(r.path, model);
   lithe::prepack(model);
   const lithe::exit_rule rule{.kind = exit_kinds.at(r.exit), .thresholds = {r.threshold}};
-  const auto out = continued(lithe::exit_decoder(model.words, model.stack, {}, rule), r, ctx);
-  for (std::size_t i = 0; i < r.prompts.size(); ++i) print_depths(r.prompts[i], out.tokens[i], out.exits[i], config.layers);
+  const char* what = "the block after which each byte left";
+  if (support::may_colour(stdout))
+    support::print_legend(stdout, what, static_cast<int>(config.layers));
+  else
+    std::fprintf(stderr, "digits below: %s\n", what);
+  const auto out = write(lithe::exit_decoder(model.words, model.stack, {}, rule), r, config.layers, ctx);
   std::fprintf(stderr, "mean exit %.2f of %td blocks", out.mean_exit(), config.layers);
   if (out.drafted > 0) std::fprintf(stderr, "; %td of %td drafts stood", out.accepted, out.drafted);
   std::fprintf(stderr, "\n");
+  return support::stop_status();
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  using support::between;
   run_config r;
   CLI::App app{"Continues prompts with a saved language model; one with exits shows the depth of every byte."};
   app.add_option("model", r.path, "file saved by train_language_model or train_exits")->required();
-  app.add_option("--prompt", r.prompts, "given several times: texts side by side")->allow_extra_args(false)->capture_default_str();
-  app.add_option("--length", r.text.most, "bytes to generate")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--stop", r.stop, "each of these bytes ends a text");
-  app.add_option("--temperature", r.text.how.temperature, "0 = the most likely byte")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--top-k", r.text.how.top_k, "draw from the k most likely bytes; 0 = all")->check(CLI::NonNegativeNumber)->capture_default_str();
-  app.add_option("--top-p", r.text.how.top_p, "draw from the fewest bytes that reach this probability")->capture_default_str();
-  app.add_option("--exit", r.exit, "what decides that a byte leaves early")->check(CLI::IsMember(exit_kinds))->capture_default_str();
-  app.add_option("--threshold", r.threshold, "of --exit: 0 = after the first block, 1 = never early")->capture_default_str();
-  app.add_option("--drafts", r.text.drafts, "bytes that a lower exit drafts for the whole model to check: the same distribution, sooner")
-      ->check(CLI::NonNegativeNumber)
+  app.add_option("--prompt", r.prompts, "given several times: texts side by side")
+      ->allow_extra_args(false)
       ->capture_default_str();
-  app.add_option("--draft-exit", r.text.draft_exit, "which exit drafts")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--seed", r.seed)->capture_default_str();
-  app.add_option("--workers", r.workers, "threads")->check(CLI::PositiveNumber)->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  try {
-    const lithe::parallel_executor exec(r.workers);
-    lithe::workspace work(exec);
-    run(r, {.exec = &exec, .work = &work});
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "generate: %s\n", e.what());
-    return 1;
-  }
+  app.add_option("--length", r.text.most, "bytes to generate")
+      ->check(between<index_t>(1, 1000000000))
+      ->capture_default_str();
+  app.add_option("--stop", r.stop, "each of these bytes ends a text");
+  app.add_option("--temperature", r.text.how.temperature, "0 = the most likely byte")
+      ->check(between(0.0, 100.0))
+      ->capture_default_str();
+  app.add_option("--top-k", r.text.how.top_k, "draw from the k most likely bytes; 0 = all")
+      ->check(between<index_t>(0, 256))
+      ->capture_default_str();
+  app.add_option("--top-p", r.text.how.top_p, "draw from the fewest bytes that reach this probability")
+      ->check(between(1e-6, 1.0))
+      ->capture_default_str();
+  auto* exit = app.add_option("--exit", r.exit, "what decides that a byte leaves early")
+                   ->check(CLI::IsMember(exit_kinds))
+                   ->capture_default_str();
+  app.add_option("--threshold", r.threshold, "of --exit: 0 = after the first block, 1 = never early")
+      ->check(between(0.0, 1.0))
+      ->needs(exit)
+      ->capture_default_str();
+  auto* drafts =
+      app.add_option("--drafts", r.text.drafts,
+                     "bytes that a lower exit drafts for the whole model to check: the same distribution, sooner")
+          ->check(between<index_t>(0, 1000))
+          ->capture_default_str();
+  app.add_option("--draft-exit", r.text.draft_exit, "which exit drafts")
+      ->check(between<index_t>(1, 256))
+      ->needs(drafts)
+      ->capture_default_str();
+  support::add_seed(app, r.seed, "of the drawing");
+  support::add_workers(app, r.workers);
+  return support::run_program(app, argc, argv, [&] { return run(r); });
 }

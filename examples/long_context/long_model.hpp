@@ -2,10 +2,9 @@
 
 // A byte-level language model of reversible blocks for long sequences; how it is described, built and saved.
 
-#include <fstream>
-#include <lithe/io/state.hpp>
 #include <lithe/lithe.hpp>
-#include <nlohmann/json.hpp>
+
+#include "../support/files.hpp"
 
 using real = float;
 using lithe::index_t;
@@ -73,20 +72,16 @@ inline long_model make_model(const long_config& c) {
 }
 
 inline void save(const std::filesystem::path& path, const long_model& model, const long_config& c) {
-  lithe::save_model(path, model, {{"config", nlohmann::json(c).dump()}});
+  lithe::save_model(path, model, {{"program", "long_context"}, {"config", nlohmann::json(c).dump()}});
 }
 /// The configuration in a saved file; build the model from it, then `lithe::load_model`.
-inline long_config read_config(const std::filesystem::path& path) {
-  const auto metadata = lithe::read_model_metadata(path);
-  const auto found = metadata.find("config");
-  lithe::require<lithe::io_error>(found != metadata.end(), path.string(), ": expected a model saved by long_context, found no configuration");
-  return nlohmann::json::parse(found->second).get<long_config>();
+inline long_config read_config(const std::string& path) {
+  return support::read_settings<long_config>(path, support::read_saved(path, {"long_context"}), "config");
 }
 
 inline std::vector<token_t> read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
   std::vector<token_t> out;
-  for (char c; file.get(c);) out.push_back(static_cast<unsigned char>(c));
+  for (const char c : support::read_file(path)) out.push_back(static_cast<unsigned char>(c));
   lithe::require<lithe::io_error>(!out.empty(), path, ": expected a text, found none");
   return out;
 }

@@ -2,6 +2,8 @@
 
 // Trains a language model with exits on stretches of a text.
 
+#include "../support/signals.hpp"
+#include "../support/steps.hpp"
 #include "exit_model.hpp"
 
 /// How such a model is trained.
@@ -24,16 +26,17 @@ struct stretches {
   }
 };
 
-/// tell(steps so far, losses) after each step.
+/// tell(steps so far, losses) after each step, which the guard has judged. Ends early where a signal asks for it.
 template <class Tell>
-void train(exit_language_model& model, const model_config& c, const exit_run& r, std::span<const token_t> text, lithe::context ctx, Tell&& tell) {
+void train(exit_language_model& model, const model_config& c, const exit_run& r, std::span<const token_t> text,
+           lithe::context ctx, support::step_guard& guard, Tell&& tell) {
   const lithe::learning_rate_schedule schedule{
       .learning_rate = r.rate, .warmup_steps = std::min<index_t>(100, r.steps / 10), .total_steps = r.steps, .final_ratio = 0.05};
   lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = {{.pattern = "*bias", .weight_decay = 0}}});
   auto gradient = lithe::make_gradient(model);
   exit_language_model::record record;
   ctx.train = true;
-  for (index_t step = 0; step < r.steps; ++step) {
+  for (index_t step = 0; step < r.steps && !support::stop_asked(); ++step) {
     const lithe::rng_key key = lithe::rng_key{c.seed}.child(7).child(static_cast<std::uint64_t>(step));
     stretches b;
     for (index_t i = 0; i < r.batch; ++i)
@@ -47,8 +50,15 @@ void train(exit_language_model& model, const model_config& c, const exit_run& r,
     const auto loss = lithe::aligned_exit_step(model.stack, lithe::matrix_view<const real>(x), {}, b.targets, r.exits, step, record.stack, dx.view(),
                                                {}, gradient.stack, ctx);
     model.words.backward(b.inputs, {}, dx, {}, gradient.words, ctx);
-    lithe::clip_by_global_norm(model, gradient, 1.0, ctx);
-    adam.step(model, gradient, schedule(step), ctx);
+    const double norm = lithe::clip_by_global_norm(model, gradient, 1.0, ctx);
+    if (guard.accepts(loss.total, norm)) adam.step(model, gradient, schedule(step), ctx);
     tell(step + 1, loss);
   }
+  guard.check();
+}
+template <class Tell>
+void train(exit_language_model& model, const model_config& c, const exit_run& r, std::span<const token_t> text,
+           const lithe::context& ctx, Tell&& tell) {
+  support::step_guard guard;
+  train(model, c, r, text, ctx, guard, tell);
 }

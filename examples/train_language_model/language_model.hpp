@@ -2,11 +2,9 @@
 
 // A byte-level language model whose blocks hold a dense feed-forward, a memory layer, or both; how it is described, saved and sampled.
 
-#include <fstream>
-#include <lithe/io/state.hpp>
 #include <lithe/lithe.hpp>
-#include <nlohmann/json.hpp>
-#include <sstream>
+
+#include "../support/files.hpp"
 
 using real = float;
 using lithe::index_t;
@@ -93,15 +91,10 @@ void for_each_memory(const language_model& model, const language_model::record& 
 }
 
 inline std::string config_text(const model_config& c) { return nlohmann::json(c).dump(); }
-inline model_config read_config(const std::filesystem::path& path) {
-  const auto metadata = lithe::safetensors_file(path).metadata();
-  const auto found = metadata.find("config");
-  lithe::require<lithe::io_error>(found != metadata.end(), path.string(), ": expected a model saved by train_language_model, found no configuration");
-  try {
-    return nlohmann::json::parse(found->second).get<model_config>();
-  } catch (const nlohmann::json::exception&) {
-    throw lithe::io_error(path.string() + ": expected a model saved by train_language_model, found another configuration: " + found->second);
-  }
+/// The model's settings in a file of one of these programs.
+inline model_config read_config(const std::string& path,
+                                std::initializer_list<const char*> programs = {"train_language_model"}) {
+  return support::read_settings<model_config>(path, support::read_saved(path, programs), "config");
 }
 
 inline std::vector<token_t> to_tokens(const std::string& text) {
@@ -109,11 +102,7 @@ inline std::vector<token_t> to_tokens(const std::string& text) {
   for (const char c : text) out.push_back(static_cast<unsigned char>(c));
   return out;
 }
-inline std::vector<token_t> read_text(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  lithe::require<lithe::io_error>(file.good(), path.string(), ": cannot be read");
-  return to_tokens({std::istreambuf_iterator<char>(file), {}});
-}
+inline std::vector<token_t> read_text(const std::string& path) { return to_tokens(support::read_file(path)); }
 
 /// Continues a prompt byte by byte; the model sees at most its context.
 template <class Model>

@@ -2,12 +2,13 @@
 
 // A language model in training: its batches, steps, evaluation and files.
 
-#include <chrono>
 #include <numbers>
 
+#include "../support/steps.hpp"
+#include "../support/terminal.hpp"
 #include "language_model.hpp"
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+using support::now;
 
 /// How a model is trained.
 struct training_config {
@@ -15,6 +16,8 @@ struct training_config {
   double rate = 3e-3, value_rate = 1e-2, weight_decay = 0.01, clip = 1;
   double value_times = 0;  ///< what value_rate is multiplied with at first, falling to 1; 0: 4 for ultramem, as its paper has it, else 1
 };
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(training_config, steps, batch, warmup, rate, value_rate, weight_decay,
+                                                clip, value_times)
 
 /// A stretch of text for training and the last 5 % for evaluation.
 struct corpus {
@@ -43,6 +46,7 @@ struct trainer {
   std::int64_t step = 0;
   double loss = 0, seconds = 0;
   index_t tokens = 0;
+  support::step_guard guard{name};
 
   trainer(std::string name_, const model_config& c, const training_config& r)
       : name(std::move(name_)), config(c), model(make_model(c)), adam(optimiser_settings(model, r)), gradient(lithe::make_gradient(model)) {
@@ -71,13 +75,21 @@ struct trainer {
       fill(data, at, static_cast<std::size_t>(b * T), key.child(1));
     }
   }
+  /// One sequence of them. Of a masked one at least one byte is behind a mask: without any it would teach and show nothing.
   void fill(const corpus& data, index_t at, std::size_t to, lithe::rng_key key) {
+    bool any = config.objective == "causal";
     for (std::size_t t = 0; t < static_cast<std::size_t>(config.context); ++t) {
       const token_t byte = data.text[static_cast<std::size_t>(at) + t];
       inputs[to + t] = byte;
       targets[to + t] = config.objective == "causal" ? data.text[static_cast<std::size_t>(at) + t + 1] : lithe::uniform(key, to + t) < 0.15 ? byte : -100;
-      if (config.objective != "causal" && targets[to + t] >= 0) inputs[to + t] = mask_token;
+      if (config.objective != "causal" && targets[to + t] >= 0) {
+        inputs[to + t] = mask_token;
+        any = true;
+      }
     }
+    if (any) return;
+    const auto t = to + static_cast<std::size_t>(lithe::uniform(key.child(2), to) * static_cast<double>(config.context));
+    targets[t] = std::exchange(inputs[t], mask_token);
   }
 
   void train_step(const corpus& data, const training_config& r, lithe::context ctx) {
@@ -91,12 +103,12 @@ struct trainer {
     model.forward(inputs, logits, record, ctx);
     loss = lithe::cross_entropy<real>(logits, targets, {}, logits, ctx).loss;
     model.backward(inputs, record, logits, lithe::nothing{}, gradient, ctx);
-    lithe::clip_by_global_norm(model, gradient, r.clip, ctx);
+    const double norm = lithe::clip_by_global_norm(model, gradient, r.clip, ctx);
     const lithe::learning_rate_schedule schedule{.learning_rate = r.rate, .warmup_steps = std::min(r.warmup, r.steps / 10), .total_steps = r.steps, .final_ratio = 0.05};
     const double times = r.value_times > 0 ? r.value_times : config.feed_forward == "ultramem" ? 4 : 1;
     for (lithe::parameter_group& g : adam.config.groups)
       if (g.pattern == "*.values") g.rate = r.value_rate / r.rate * lithe::value_rate_schedule{.times = times, .total_steps = r.steps}(step);
-    adam.step(model, gradient, schedule(step), ctx);
+    if (guard.accepts(loss, norm)) adam.step(model, gradient, schedule(step), ctx);
     ++step;
     seconds += now() - begin;
     tokens += static_cast<index_t>(inputs.size());
@@ -131,12 +143,15 @@ struct trainer {
         meter->add<real>(slots, weights, memory.config.heads);
       });
     }
-    return {sum / static_cast<double>(std::max<index_t>(1, counted)) / std::numbers::ln2, static_cast<double>(seen) / seconds_here};
+    return {sum / static_cast<double>(counted) / std::numbers::ln2, static_cast<double>(seen) / seconds_here};
   }
 
-  void save(const std::string& path) {
+  /// `training`: what a run that is resumed goes on with, an object of JSON.
+  void save(const std::string& path, const nlohmann::json& training) {
     lithe::state_writer file;
+    file.metadata["program"] = "train_language_model";
     file.metadata["config"] = config_text(config);
+    file.metadata["training"] = training.dump();
     file.add_model(model);
     file.add_training("optimizer", adam);
     file.add_training("step", step);
