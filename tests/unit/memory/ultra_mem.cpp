@@ -321,6 +321,19 @@ TEST(ultra_mem, balance_loss_of_even_keys_is_one_for_each_axis) {
   EXPECT_NEAR(auxiliary_loss(r), 1, 1e-14);
 }
 
+TEST(ultra_mem, norms_have_a_bias_only_if_asked_and_then_use_it) {
+  auto c = small();
+  EXPECT_EQ(make(c).query.norm.bias.size(), 0);
+  c.norm_bias = true;
+  auto m = make(c);
+  EXPECT_EQ(m.query.norm.bias.cols(), c.key_width);
+  const auto before = output_of(m, input());
+  m.query.norm.bias.setConstant(0.3);
+  EXPECT_GT(difference(output_of(m, input()), before), 1e-6);
+  c.norm = score_norm_kind::none;
+  EXPECT_EQ(make(c).query.norm.bias.size(), 0);
+}
+
 TEST(ultra_mem, scaling_cores_scales_the_output_and_scaling_keys_changes_nothing) {
   auto c = small();
   c.epsilon = 1e-300;  // next to nothing

@@ -12,6 +12,11 @@ namespace layers_tests {
 
 using namespace lithe;
 
+// Tokens are read by the first layer of a sequential alone, whatever stands last.
+static_assert(detail::only_first_takes_tokens<embedding<double>, linear<double>, linear<double>>);
+static_assert(!detail::only_first_takes_tokens<embedding<double>, embedding<double>, linear<double>>);
+static_assert(!detail::only_first_takes_tokens<linear<double>, linear<double>, embedding<double>>);
+
 matrix<double> random_matrix(index_t rows, index_t cols, std::uint64_t key = 7) {
   matrix<double> x(rows, cols);
   fill_uniform<double>(x, 1.5, rng_key{key});

@@ -189,6 +189,10 @@ TEST(captured_variance, of_known_spectra) {
   std::size_t curves = 0;
   for (std::size_t at = svg.find("<polyline"); at != std::string::npos; at = svg.find("<polyline", at + 1)) ++curves;
   EXPECT_EQ(curves, 4U);
+  // Two panels of 300 x 220, each curve from its lower left corner; the first layer light, the last dark.
+  for (const char* part : {R"(stroke="rgb(100,200,220)" points="50,260 )", R"(stroke="rgb(15,30,135)" points="50,260 )", R"(points="410,260 )",
+                           R"( 710,40"/>)", R"(<text x="724" y="66" fill="rgb(15,30,135)">layer 2</text>)"})
+    EXPECT_NE(svg.find(part), std::string::npos) << part;
 }
 
 }  // namespace reparametrise_tests
