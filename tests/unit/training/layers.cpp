@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include "lithe/compose/sequential.hpp"
 #include "lithe/layers/activations.hpp"
 #include "lithe/layers/dropout.hpp"
 #include "lithe/layers/embedding.hpp"
