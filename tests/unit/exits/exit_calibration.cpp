@@ -130,4 +130,11 @@ TEST(calibrate, bad_input_is_refused) {
   EXPECT_THROW((void)calibration_grid(1.5), config_error);
 }
 
+TEST(exit_calibration, excess_risk_writes_what_it_was_given_and_no_more) {
+  const std::vector<double> early{0.5, 0.2, 9}, full{0.25, 0.5, 1};
+  std::vector<double> loss(3, -1);
+  excess_risk(std::span(early).first(2), std::span(full).first(2), std::span(loss).first(2));
+  EXPECT_EQ(loss, (std::vector<double>{0.25, 0, -1}));
+}
+
 }  // namespace exit_calibration_tests
