@@ -22,6 +22,7 @@ BEGIN {
   said["decode("] = "The outputs of new rows behind what their slots hold; they are appended (lithe::cached_layer)."
   said["fill("] = "Appends new rows without their outputs (lithe::cached_layer)."
   said["truncate("] = "Forgets what a slot holds behind so many tokens (lithe::cached_layer)."
+  said["least_length("] = "The fewest tokens, beside none, that `truncate` can leave a slot (lithe::least_length)."
   said["permute("] = "Slot i becomes what slot order[i] was (lithe::cached_layer)."
   said["prepack("] = "Makes what inference computes from the parameters alone (lithe::prepack)."
   said["refresh("] = "Makes the copies of `prepack` again, if there are any."

@@ -44,6 +44,7 @@ namespace detail {
 /// spells them, the tensors.
 class published_tensors {
  public:
+  /// Those of an open file, of which none was taken yet. Throws io_error for two tensors of one name without what tools add.
   explicit published_tensors(const safetensors_file& file) : file_(&file) {
     for (const std::string& stored : file.names()) {
       const auto [at, added] = stored_.emplace(detail::without_tools(stored), stored);
@@ -53,9 +54,11 @@ class published_tensors {
     }
   }
 
+  /// The file that they stand in.
   [[nodiscard]] const safetensors_file& file() const { return *file_; }
   /// Names without what tools add, each with the file's own.
   [[nodiscard]] const std::map<std::string, std::string>& names() const { return stored_; }
+  /// Whether there is a tensor of this name.
   [[nodiscard]] bool contains(const std::string& name) const { return stored_.contains(detail::without_tools(name)); }
   /// The file's own spelling; of a tensor that is not there the name itself.
   [[nodiscard]] const std::string& stored(const std::string& name) const {

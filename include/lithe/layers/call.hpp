@@ -138,6 +138,7 @@ inline matrix_view<const slot_t> recorded_slots(const char* who, const matrix<sl
 /// not.
 class regrouped {
  public:
+  /// Of `rows` rows; token_of is called in this constructor alone.
   template <class TokenOf>
   regrouped(const context& ctx, index_t rows, TokenOf&& token_of) : mask_(ctx, ctx.mask.empty() ? 0 : rows), ctx_(ctx.position_wise()) {
     if (ctx.mask.empty()) return;
@@ -158,6 +159,7 @@ class regrouped {
 template <class S>
 class shown {
  public:
+  /// The rows of x, which has as many as the mask of ctx, if there is one.
   shown(matrix_view<const S> x, const context& ctx) : x_(x) {
     for (index_t t = 0; !ctx.mask.empty() && t < x.rows(); ++t) {
       if (ctx.valid(t) || x.row_array(t).isFinite().all()) continue;

@@ -50,11 +50,12 @@ struct parameter_group {
 /// those), or, given the groups of an optimiser, those that it moves. Made in the call that it is an argument of.
 class parameter_choice {
  public:
-  parameter_choice(std::string_view pattern = "*") : pattern_(pattern) {}
-  parameter_choice(const char* pattern) : pattern_(pattern) {}
-  parameter_choice(const std::string& pattern) : pattern_(pattern) {}
-  parameter_choice(const std::vector<parameter_group>& groups) : groups_(&groups) {}
+  parameter_choice(std::string_view pattern = "*") : pattern_(pattern) {}                 ///< those whose name fits
+  parameter_choice(const char* pattern) : pattern_(pattern) {}                            ///< those whose name fits
+  parameter_choice(const std::string& pattern) : pattern_(pattern) {}                     ///< those whose name fits
+  parameter_choice(const std::vector<parameter_group>& groups) : groups_(&groups) {}      ///< those that an optimiser moves
 
+  /// Whether the parameter of this name counts.
   [[nodiscard]] bool operator()(std::string_view name) const {
     if (groups_ == nullptr) return detail::matches(pattern_, name);
     const parameter_group* g = group_of(*groups_, name);
