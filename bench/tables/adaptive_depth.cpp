@@ -65,9 +65,14 @@ void make(const tables::options& o, const context& ctx, tables::table& t) {
   const auto trained = [&](index_t layers, exit_training_config exits, const std::string& name) {
     exit_language_model model = make_exit_model(model_of(layers, o.seed));
     exits.reduce = reduction::mean;
-    train(model, model_of(layers, o.seed), {.steps = steps, .exits = exits}, std::span(text).first(split), ctx, [&](index_t step, const auto&) {
+    support::step_guard guard(name);
+    const auto tell = [&](index_t step) {
       tables::progress(name, (done + static_cast<double>(layers) * static_cast<double>(step) / static_cast<double>(steps)) / all);
-    });
+    };
+    train(model, model_of(layers, o.seed), {.steps = steps, .exits = exits}, std::span(text).first(split), ctx, guard,
+          [&](index_t step, const auto&) { tell(step); });
+    tell(steps);  // where a signal asked for the end, training ended early
+    t.skipped += guard.skipped();
     done += static_cast<double>(layers);
     prepack(model);
     return model;

@@ -82,7 +82,7 @@ void make(const tables::options& o, const context& ctx, tables::table& t) {
       parameters = count_parameters(model);
       compressed::fit_options how{.steps = steps, .warmup = 50, .rate = rate, .seed = 1000 + o.seed + static_cast<std::uint64_t>(seed)};
       if (!a.shared) how.groups.push_back({.pattern = "*mixing", .rate = 0, .weight_decay = 0});
-      compressed::fit(model, data, T, how, ctx, [&](double part) {
+      t.skipped += compressed::fit(model, data, T, how, ctx, [&](double part) {
         tables::progress(concat(a.shared ? "collaborative" : "plain", ", width ", a.r, ", seed ", seed, ", rate ", rate),
                          (static_cast<double>(done) + part) / static_cast<double>(std::ssize(all) * (seeds + 1)));
       });

@@ -29,10 +29,11 @@ inline outcome train(const std::string& name, const model_config& c, const train
     t.train_step(data, r, ctx);
     tell(static_cast<double>(t.step) / static_cast<double>(r.steps));
   }
+  t.guard.check();
   lithe::prepack(t.model);
   const auto e = t.evaluate(data, ctx, nullptr);
   outcome o{lithe::count_parameters(t.model), e.bits_per_byte, static_cast<double>(t.tokens) / t.seconds,
-            e.tokens_per_second};
+            e.tokens_per_second, t.guard.skipped()};
   if (!has_slots(c)) return o;
   lithe::usage_meter meter(slots_of(c));
   t.evaluate(data, ctx, &meter);

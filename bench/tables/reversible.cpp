@@ -47,12 +47,14 @@ reversible_model make_reversible(index_t layers, rng_key key) {
 
 struct outcome {
   double bits_per_byte, tokens_per_second, record_mib;
+  std::int64_t skipped;  // steps of training
 };
 
 template <class Model>
 outcome train(Model& model, const corpus& data, index_t steps, std::uint64_t seed, const context& ctx, const std::function<void(double)>& tell) {
   const double begin = tables::now();
-  compressed::fit(model, data, T, {.steps = steps, .warmup = 50, .rate = 3e-3, .seed = seed}, ctx, tell);
+  const std::int64_t skipped =
+      compressed::fit(model, data, T, {.steps = steps, .warmup = 50, .rate = 3e-3, .seed = seed}, ctx, tell);
   const double seconds = tables::now() - begin;
   record_of<Model> record;
   matrix<real> logits(T, byte_values);
@@ -60,7 +62,7 @@ outcome train(Model& model, const corpus& data, index_t steps, std::uint64_t see
   training.train = true;
   model.forward(std::span<const token_t>(data.text).first(static_cast<std::size_t>(T)), logits, record, training);
   return {compressed::bits_per_byte(model, data, T, std::numeric_limits<index_t>::max(), ctx), static_cast<double>(steps * batch * T) / seconds,
-          static_cast<double>(batch) * static_cast<double>(bytes(record)) / (1 << 20)};
+          static_cast<double>(batch) * static_cast<double>(bytes(record)) / (1 << 20), skipped};
 }
 
 void make(const tables::options& o, const context& ctx, tables::table& t) {
@@ -85,6 +87,7 @@ void make(const tables::options& o, const context& ctx, tables::table& t) {
     };
     const auto add = [&](auto model) {
       const outcome x = train(model, data, steps, 1000 + o.seed, ctx, tell);
+      t.skipped += x.skipped;
       t.row({layers, kind, count_parameters(model), x.bits_per_byte, x.tokens_per_second, x.record_mib});
       (backwards ? reversible : plain).push_back(x);
       if (backwards && x.bits_per_byte >= plain.back().bits_per_byte + 0.02) t.last_row_is_against();

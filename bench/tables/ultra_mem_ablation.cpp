@@ -154,10 +154,10 @@ outcome on_text(const variant& v, const model_config& c, const corpus& data, con
   optimiser<real> adam({.weight_decay = r.weight_decay, .groups = {{.pattern = "*.values"}, {.pattern = "*bias", .weight_decay = 0}}});
   support::step_guard guard(v.name);
   const double begin = tables::now();
-  compressed::train(model, data, c.context, r.steps, r.batch, o.seed, ctx, [&](index_t step, auto& gradient) {
-    const double norm = clip_by_global_norm(model, gradient, r.clip, ctx);  // not finite if the loss is not
+  compressed::train(model, data, c.context, r.steps, r.batch, o.seed, ctx, [&](index_t step, auto& gradient, double loss) {
+    const double norm = clip_by_global_norm(model, gradient, r.clip, ctx);
     adam.config.groups[0].rate = r.value_rate / r.rate * times(step);
-    if (guard.accepts(norm, norm)) adam.step(model, gradient, rate(step), ctx);
+    if (guard.accepts(loss, norm)) adam.step(model, gradient, rate(step), ctx);
     tell(static_cast<double>(step) / static_cast<double>(r.steps));
   });
   const double seconds = tables::now() - begin;

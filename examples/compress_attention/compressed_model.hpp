@@ -82,8 +82,7 @@ double bits_per_byte(const Model& m, const corpus& data, index_t T, index_t piec
   return sum / static_cast<double>(std::max<index_t>(1, counted)) / std::numbers::ln2;
 }
 
-/// Batches of the training text, drawn by step; body(step, gradient) or body(step, gradient, loss) after
-/// each backward pass.
+/// Batches of the training text, drawn by step; body(step, gradient, loss) after each backward pass.
 template <class Model, class Body>
 void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch, std::uint64_t seed, const lithe::context& base, Body&& body) {
   auto gradient = lithe::make_gradient(m);
@@ -107,10 +106,7 @@ void train(Model& m, const corpus& data, index_t T, index_t steps, index_t batch
     m.forward(inputs, logits, record, ctx);
     const double loss = lithe::cross_entropy<real>(logits, targets, {}, logits, ctx).loss;
     m.backward(inputs, record, logits, lithe::nothing{}, gradient, ctx);
-    if constexpr (std::invocable<Body&, index_t, decltype((gradient)), double>)
-      body(step, gradient, loss);
-    else
-      body(step, gradient);
+    body(step, gradient, loss);
   }
 }
 
@@ -124,8 +120,9 @@ struct fit_options {
 };
 
 /// AdamW with clipped gradients over batches; the rate warms up and falls to a twentieth. tell(share of the steps) as it goes.
+/// Returns how many steps were skipped because they were not finite.
 template <class Model>
-void fit(
+std::int64_t fit(
     Model& m, const corpus& data, index_t T, const fit_options& o, const lithe::context& ctx,
     const std::function<void(double)>& tell = [](double) {}) {
   lithe::optimiser<real> adam({.weight_decay = 0.01, .groups = o.groups});
@@ -138,6 +135,7 @@ void fit(
     tell(static_cast<double>(step) / static_cast<double>(o.steps));
   });
   guard.check();
+  return guard.skipped();
 }
 
 /// Microseconds for one token whose sequence fills the context.

@@ -138,7 +138,7 @@ int run(const settings& s) {
 
   // Which heads matter, for the rival that leaves heads out.
   std::vector<std::vector<double>> importance;
-  compressed::train(model, data, c.context, 8, 8, 5, ctx, [&](index_t, auto& gradient) {
+  compressed::train(model, data, c.context, 8, 8, 5, ctx, [&](index_t, auto& gradient, double) {
     std::size_t layer = 0;
     compressed::for_each_attention(model, gradient, [&](const auto& l, const auto& g) {
       importance.resize(std::max(importance.size(), layer + 1));
