@@ -145,11 +145,8 @@ struct exit_classifiers {
   /// Exits count from 1; a shared part has no number.
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    const auto each = [&](const char* one, const char* many, auto& first, auto&... others) {
-      visit_parts(f, [&](std::size_t i) { return first.size() == 1 ? std::string(one) : many + ("." + std::to_string(i + 1)); }, first, others...);
-    };
-    each("norm", "norms", s.norms, rest.norms...);
-    each("classifier", "classifiers", s.classifiers, rest.classifiers...);
+    visit_parts(f, {"norms.", 1, "norm"}, s.norms, rest.norms...);
+    visit_parts(f, {"classifiers.", 1, "classifier"}, s.classifiers, rest.classifiers...);
   }
 
  private:

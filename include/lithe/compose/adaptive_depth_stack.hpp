@@ -178,7 +178,7 @@ struct adaptive_stack {
   /// Blocks count from 1.
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    visit_parts(f, [](std::size_t i) { return std::to_string(i + 1); }, s.blocks, rest.blocks...);
+    visit_parts(f, {"", 1}, s.blocks, rest.blocks...);
   }
 
  private:

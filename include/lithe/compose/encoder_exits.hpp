@@ -167,9 +167,8 @@ struct encoder_exits {
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
     f("blocks", s.stack, rest.stack...);
-    const auto pooler = [&](std::size_t i) { return s.poolers.size() == 1 ? std::string("pooler") : "poolers." + std::to_string(i + 1); };
-    visit_parts(f, pooler, s.poolers, rest.poolers...);
-    visit_parts(f, [](std::size_t i) { return "classifiers." + std::to_string(i + 1); }, s.classifiers, rest.classifiers...);
+    visit_parts(f, {"poolers.", 1, "pooler"}, s.poolers, rest.poolers...);
+    visit_parts(f, {"classifiers.", 1}, s.classifiers, rest.classifiers...);
   }
 
  private:

@@ -341,8 +341,8 @@ struct skip_stack {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
-    visit_parts(f, [](std::size_t i) { return "blocks." + std::to_string(i); }, s.blocks, rest.blocks...);
-    visit_parts(f, [](std::size_t u) { return "units." + std::to_string(u); }, s.units, rest.units...);
+    visit_parts(f, {"blocks."}, s.blocks, rest.blocks...);
+    visit_parts(f, {"units."}, s.units, rest.units...);
   }
 
  private:

@@ -108,7 +108,7 @@ struct stack {
   }
   template <class V, class First, class... T>
   static void visit(V&& f, First& s, T&... rest) {
-    visit_parts(f, [](std::size_t i) { return std::to_string(i); }, s.blocks, rest.blocks...);
+    visit_parts(f, {""}, s.blocks, rest.blocks...);
   }
 
  private:

@@ -125,7 +125,7 @@ struct axial_positions {
   void prepare(gradient& g) const { g.weights.resize(weights.size()); }
   template <class F, class First, class... Rest>
   static void visit(F&& f, First& first, Rest&... rest) {
-    visit_parts(f, [](std::size_t k) { return "weights." + std::to_string(k); }, first.weights, rest.weights...);
+    visit_parts(f, {"weights."}, first.weights, rest.weights...);
   }
 
  private:

@@ -108,7 +108,7 @@ struct halting {
   }
   template <class F, class First, class... Rest>
   static void visit(F&& f, First& s, Rest&... rest) {
-    visit_parts(f, [&](std::size_t i) { return s.heads.size() == 1 ? std::string() : std::to_string(i + 1); }, s.heads, rest.heads...);
+    visit_parts(f, {"", 1, ""}, s.heads, rest.heads...);
   }
 
  private:

@@ -90,7 +90,7 @@ struct halting_head {
   }
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    visit_parts(f, [](std::size_t i) { return "hidden." + std::to_string(i); }, s.hidden, rest.hidden...);
+    visit_parts(f, {"hidden."}, s.hidden, rest.hidden...);
     f("output", s.output, rest.output...);
   }
 

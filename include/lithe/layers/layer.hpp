@@ -80,16 +80,30 @@ struct unmatched_parts : state_error {
   using state_error::state_error;
 };
 
-/// f(name(i), first[i], rest[i]...) for the parts that a layer and its gradients or copies hold in vectors: what `visit` is written with. Throws
+/// The names of the parts that stand in a vector: `many` and a number from `from` on; or, given a name for a part that is alone, that.
+struct part_names {
+  const char* many;
+  std::size_t from = 0;
+  const char* alone = nullptr;
+  /// Of part i of n.
+  [[nodiscard]] std::string operator()(std::size_t i, std::size_t n) const {
+    if (n == 1 && alone != nullptr) return alone;
+    std::string name(many);
+    name += std::to_string(i + from);
+    return name;
+  }
+};
+
+/// f(name, first[i], rest[i]...) for the parts that a layer and its gradients or copies hold in vectors: what `visit` is written with. Throws
 /// unmatched_parts unless all of them hold equally many.
-template <class F, class Name, class First, class... Rest>
-void visit_parts(F&& f, Name&& name, First& first, Rest&... rest) {
+template <class F, class First, class... Rest>
+void visit_parts(F&& f, part_names names, First& first, Rest&... rest) {
   [[maybe_unused]] const auto alike = [&](const auto& other) {
     require<unmatched_parts>(other.size() == first.size(), "expected a gradient or copy of ", first.size(), " parts, as make_gradient makes it, got one of ",
                              other.size());
   };
   (alike(rest), ...);
-  for (std::size_t i = 0; i < first.size(); ++i) f(name(i), first[i], rest[i]...);
+  for (std::size_t i = 0; i < first.size(); ++i) f(names(i, first.size()), first[i], rest[i]...);
 }
 
 template <class L>

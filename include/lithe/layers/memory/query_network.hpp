@@ -112,8 +112,8 @@ struct query_mlp {
   }
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    visit_parts(f, [](std::size_t i) { return "linear." + std::to_string(i); }, s.maps, rest.maps...);
-    visit_parts(f, [](std::size_t i) { return "norm." + std::to_string(i); }, s.norms, rest.norms...);
+    visit_parts(f, {"linear."}, s.maps, rest.maps...);
+    visit_parts(f, {"norm."}, s.norms, rest.norms...);
   }
 
  private:
@@ -270,8 +270,7 @@ struct query_network {
   }
   template <class F, class First, class... T>
   static void visit(F&& f, First& s, T&... rest) {
-    const auto name = [&](std::size_t i) { return s.networks.size() == 1 ? std::string("network") : "network." + std::to_string(i); };
-    visit_parts(f, name, s.networks, rest.networks...);
+    visit_parts(f, {"network.", 0, "network"}, s.networks, rest.networks...);
     f("layer_norm", s.layer, rest.layer...);
     f("rms_norm", s.rms, rest.rms...);
   }
