@@ -114,7 +114,7 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
   S edge[shape::rows * shape::width];
   for (index_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += longest) {
     const index_t depth = std::min(p.depth - k0, longest);
-    const start<S> begin = (k0 != 0 ? start<S>{p.c, p.c_stride} : p.begin).at(first_row, 0);
+    const start<S> begin = (k0 != 0 ? start<S>{p.c, p.c_stride, p.depth <= longest_sum} : p.begin).at(first_row, 0);
     const S* a = p.a + first_row * p.a_row + k0 * p.a_k;
     index_t a_row = p.a_row, a_k = p.a_k;
     if (pack_a) {
@@ -156,18 +156,19 @@ void multiply_piece(const product<S>& p, index_t first_row, index_t rows, index_
           S* to = here.from == nullptr ? edge + r * width : std::copy_n(here.from + r * here.row, n, edge + r * width);
           std::fill(to, edge + (r + 1) * width, S(0));
         }
-        multiply_panel<S>(vectors, m, depth, a + i * a_row, a_row, a_k, b, b_k, edge, width, {edge, width});
+        multiply_panel<S>(vectors, m, depth, a + i * a_row, a_row, a_k, b, b_k, edge, width, {edge, width, here.first});
         for (index_t r = 0; r < m; ++r) std::copy_n(edge + r * width, n, c + (i + r) * p.c_stride);
       }
     }
   }
 }
 
-/// What a product of this mode is added to; `row` is added to every row of c.
+/// What a product of this mode and depth is added to; `row` is added to every row of c.
 template <class S>
-start<S> start_of(matrix_view<S> c, update mode, const S* row) {
+start<S> start_of(matrix_view<S> c, update mode, const S* row, index_t depth) {
   LITHE_ASSERT(mode == update::assign || row == nullptr);
-  return mode == update::add ? start<S>{c.data(), c.stride()} : start<S>{row, 0};
+  const start<S> s = mode == update::add ? start<S>{c.data(), c.stride()} : start<S>{row, 0};
+  return {s.from, s.row, s.from != nullptr && depth <= longest_sum};
 }
 
 template <class S>
@@ -207,7 +208,7 @@ void gemm_nt(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, c
              const S* row = nullptr) {
   LITHE_ASSERT(a.cols() == b.cols() && c.rows() == a.rows() && c.cols() == b.rows());
   detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::transposed, c.data(), c.stride(),
-                       detail::start_of(c, mode, row)},
+                       detail::start_of(c, mode, row, a.cols())},
                       ctx);
 }
 
@@ -216,7 +217,7 @@ template <class S>
 void gemm_nn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.cols() == b.rows() && c.rows() == a.rows() && c.cols() == b.cols());
   detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
-                       detail::start_of<S>(c, mode, nullptr)},
+                       detail::start_of<S>(c, mode, nullptr, a.cols())},
                       ctx);
 }
 
@@ -225,7 +226,7 @@ template <class S>
 void gemm_tn(matrix_view<const S> a, matrix_view<const S> b, matrix_view<S> c, const context& ctx, update mode = update::assign) {
   LITHE_ASSERT(a.rows() == b.rows() && c.rows() == a.cols() && c.cols() == b.cols());
   detail::multiply<S>({c.rows(), c.cols(), a.rows(), a.data(), 1, a.stride(), b.data(), b.stride(), detail::storage::rows, c.data(), c.stride(),
-                       detail::start_of<S>(c, mode, nullptr)},
+                       detail::start_of<S>(c, mode, nullptr, a.rows())},
                       ctx);
 }
 
@@ -280,7 +281,7 @@ void gemm_packed(matrix_view<const S> a, packed_view<S> w, matrix_view<S> c, con
                  const S* row = nullptr) {
   LITHE_ASSERT(a.cols() == w.cols && c.rows() == a.rows() && c.cols() == w.rows);
   detail::multiply<S>({c.rows(), c.cols(), a.cols(), a.data(), a.stride(), 1, w.data, 0, detail::storage::panels, c.data(), c.stride(),
-                       detail::start_of(c, mode, row)},
+                       detail::start_of(c, mode, row, a.cols())},
                       ctx);
 }
 

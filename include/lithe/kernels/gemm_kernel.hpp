@@ -34,7 +34,8 @@ template <class S>
 struct start {
   const S* from = nullptr;
   index_t row = 0;
-  [[nodiscard]] start at(index_t i, index_t j) const { return from == nullptr ? start{} : start{from + i * row + j, row}; }
+  bool first = false;  // the sums begin there, because they are short: memory is then read before it is waited for; else it is added to their end
+  [[nodiscard]] start at(index_t i, index_t j) const { return from == nullptr ? start{} : start{from + i * row + j, row, first}; }
 };
 
 /// What is fetched from memory meanwhile, with every step of a product's depth: a row of b into the nearest cache, or into the second the line of
@@ -46,8 +47,8 @@ struct read_ahead {
 };
 
 /// c = begin + Σ_k a(:, k) b(k, :) for a tile of R rows and V packets of columns; a(i, k) stands at a[i * a_row + k *
-/// a_k], b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k from zero, then added
-/// to begin, whatever R and V are.
+/// a_k], b(k, j) at b[k * b_k + j]. Each element is one chain of multiply-adds in the order of k, from begin on or added
+/// to it, whatever R and V are.
 template <class S, int R, int V>
 void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const S* b, index_t b_k, S* c, index_t c_row, start<S> begin,
                    read_ahead next) {
@@ -62,7 +63,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[i][v] = pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[i][v] = begin.first ? ploadu<packet>(begin.from + i * begin.row + v * lanes) : pset1<packet>(S(0));
   constexpr index_t row_bytes = V * static_cast<index_t>(sizeof(packet));
   for (index_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
     if (next.row) {
@@ -82,7 +83,7 @@ void multiply_tile(index_t depth, const S* a, index_t a_row, index_t a_k, const 
       for (int v = 0; v < V; ++v) sum[i][v] = pmadd(x, row[v], sum[i][v]);
     }
   }
-  if (begin.from != nullptr) {
+  if (begin.from != nullptr && !begin.first) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
@@ -161,7 +162,7 @@ void multiply_row(index_t depth, const S* a, const S* b, index_t panel, S* c, st
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[p][v] = pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[p][v] = begin.first ? ploadu<packet>(begin.from + p * width + v * lanes) : pset1<packet>(S(0));
   for (index_t k = 0; k < depth; ++k, b += width) {
     const packet x = pset1<packet>(a[k]);
 #pragma GCC unroll 8
@@ -174,7 +175,7 @@ void multiply_row(index_t depth, const S* a, const S* b, index_t panel, S* c, st
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       pstoreu(c + p * width + v * lanes,
-              begin.from != nullptr ? padd(ploadu<packet>(begin.from + p * width + v * lanes), sum[p][v]) : sum[p][v]);
+              begin.from != nullptr && !begin.first ? padd(ploadu<packet>(begin.from + p * width + v * lanes), sum[p][v]) : sum[p][v]);
 }
 
 /// panel[k * width + j] = w[j * stride + k] for j < cols, zero for the columns up to `width` (a multiple of the packet): a transpose.
