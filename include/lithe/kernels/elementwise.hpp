@@ -32,11 +32,13 @@ template <class S>
 void add_row_sums(matrix_view<const S> x, matrix_view<S> sums, const context& ctx) {
   constexpr index_t columns = 64, block = 128;
   ctx.exec->run(x.cols(), columns, [&](index_t first, index_t last) {
-    using row = Eigen::Matrix<double, 1, Eigen::Dynamic, Eigen::RowMajor, 1, columns>;
-    row total = row::Zero(last - first);
+    using row = Eigen::Matrix<S, 1, Eigen::Dynamic, Eigen::RowMajor, 1, columns>;
+    using wide_row = Eigen::Matrix<double, 1, Eigen::Dynamic, Eigen::RowMajor, 1, columns>;
+    wide_row total = wide_row::Zero(last - first);
     for (index_t t = 0; t < x.rows(); t += block) {
-      const auto part = x.slice_rows(t, std::min(block, x.rows() - t)).slice_cols(first, last - first).map();
-      total += part.colwise().sum().template cast<double>();
+      // A row of its own: a sum that is cast on the way is one column after the other.
+      const row part = x.slice_rows(t, std::min(block, x.rows() - t)).slice_cols(first, last - first).map().colwise().sum();
+      total += part.template cast<double>();
     }
     sums.slice_cols(first, last - first).map() += total.template cast<S>();
   });

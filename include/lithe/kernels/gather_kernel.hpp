@@ -45,11 +45,12 @@ void sum_packets(const S* table, index_t stride, const slot_t* index, const S* w
   constexpr index_t lanes = packet_traits<S>::size, distance = 8, bytes = V * lanes * static_cast<index_t>(sizeof(S));
   // With few registers the sums live in the first-level cache, and taking four rows at once saves their loads and stores.
   constexpr int R = V <= EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS / 2 ? 1 : 4;
+  const bool first = init != nullptr && count <= longest_sum;  // short sums begin where they are added: memory is read before it is waited for
   index_t j = 0;
   do {
     packet sum[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sum[v] = pset1<packet>(S(0));
+    for (int v = 0; v < V; ++v) sum[v] = first ? ploadu<packet>(init + v * lanes) : pset1<packet>(S(0));
     for (const index_t end = std::min(count, j + longest_sum); j < end;) {
       const S* row[R];
       packet w[R];
@@ -73,7 +74,7 @@ void sum_packets(const S* table, index_t stride, const slot_t* index, const S* w
           for (int v = 0; v < V; ++v) sum[v] = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), sum[v]);
       }
     }
-    if (init != nullptr) {
+    if (init != nullptr && !first) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[v] = padd(ploadu<packet>(init + v * lanes), sum[v]);
     }
