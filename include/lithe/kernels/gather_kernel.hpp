@@ -36,56 +36,58 @@ inline void stream_fence() {}
 #endif
 
 /// out = init + Σ_j weight[j] table[index[j]] for V packets of columns; init may be out or null (zero); index -1 is left out. There are
-/// `ahead` >= count indices, of which those behind count will be wanted next.
+/// `ahead` >= count indices, of which those behind count will be wanted next. One chain: for at most longest_sum terms.
 template <class S, int V>
 void sum_packets(const S* table, index_t stride, const slot_t* index, const S* weight, index_t count, index_t ahead, const S* init, S* out,
                  bool stream) {
   using namespace Eigen::internal;
   using packet = typename packet_traits<S>::type;
-  constexpr index_t lanes = packet_traits<S>::size, distance = 8, bytes = V * lanes * static_cast<index_t>(sizeof(S));
+  constexpr index_t lanes = packet_traits<S>::size, distance = 8;
   // With few registers the sums live in the first-level cache, and taking four rows at once saves their loads and stores.
   constexpr int R = V <= EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS / 2 ? 1 : 4;
-  const bool first = init != nullptr && count <= longest_sum;  // short sums begin where they are added: memory is read before it is waited for
-  index_t j = 0;
-  do {
-    packet sum[V];
+  packet sum[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sum[v] = first ? ploadu<packet>(init + v * lanes) : pset1<packet>(S(0));
-    for (const index_t end = std::min(count, j + longest_sum); j < end;) {
-      const S* row[R];
-      packet w[R];
-      int r = 0;
-      for (; j < end && r < R; ++j) {
-        if (j + distance < ahead) prefetch<bytes>(table + std::max<index_t>(0, index[j + distance]) * stride);
-        if (index[j] < 0) continue;
-        row[r] = table + index[j] * stride;
-        w[r++] = pset1<packet>(weight[j]);
-      }
-      if (r == R) {
+  for (int v = 0; v < V; ++v) sum[v] = init != nullptr ? ploadu<packet>(init + v * lanes) : pset1<packet>(S(0));
+  for (index_t j = 0; j < count;) {
+    const S* row[R];
+    packet w[R];
+    int r = 0;
+    for (; j < count && r < R; ++j) {
+      if (j + distance < ahead) prefetch<V * lanes * static_cast<index_t>(sizeof(S))>(table + std::max<index_t>(0, index[j + distance]) * stride);
+      if (index[j] < 0) continue;
+      row[r] = table + index[j] * stride;
+      w[r++] = pset1<packet>(weight[j]);
+    }
+    if (r == R) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-          packet s = sum[v];
+      for (int v = 0; v < V; ++v) {
+        packet s = sum[v];
 #pragma GCC unroll 4
-          for (int q = 0; q < R; ++q) s = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), s);
-          sum[v] = s;
-        }
-      } else {
-        for (int q = 0; q < r; ++q)
-          for (int v = 0; v < V; ++v) sum[v] = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), sum[v]);
+        for (int q = 0; q < R; ++q) s = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), s);
+        sum[v] = s;
       }
+    } else {
+      for (int q = 0; q < r; ++q)
+        for (int v = 0; v < V; ++v) sum[v] = pmadd(w[q], ploadu<packet>(row[q] + v * lanes), sum[v]);
     }
-    if (init != nullptr && !first) {
+  }
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sum[v] = padd(ploadu<packet>(init + v * lanes), sum[v]);
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v)
-      if (stream && j == count)
-        stream_packet(out + v * lanes, sum[v]);
-      else
-        pstoreu(out + v * lanes, sum[v]);
-    init = out;
-  } while (j < count);
+  for (int v = 0; v < V; ++v)
+    if (stream)
+      stream_packet(out + v * lanes, sum[v]);
+    else
+      pstoreu(out + v * lanes, sum[v]);
+}
+
+/// The same for more terms than one sum may have: sums of longest_sum terms, each closed before it is added to out.
+template <class S, int V>
+[[gnu::noinline]] void sum_long(const S* table, index_t stride, const slot_t* index, const S* weight, index_t count, index_t ahead, const S* init, S* out) {
+  constexpr index_t columns = V * Eigen::internal::packet_traits<S>::size;
+  S part[columns];
+  for (index_t j = 0; j < count; j += longest_sum, init = out) {
+    sum_packets<S, V>(table, stride, index + j, weight + j, std::min(longest_sum, count - j), ahead - j, nullptr, part, false);
+    for (index_t c = 0; c < columns; ++c) out[c] = (init != nullptr ? init[c] : S(0)) + part[c];
+  }
 }
 
 /// The same for fewer columns than a packet has.
@@ -110,7 +112,10 @@ void sum_rows(const S* table, index_t stride, index_t width, const slot_t* index
   constexpr index_t columns = V * Eigen::internal::packet_traits<S>::size;
   if (width >= columns) {
     const bool aligned = reinterpret_cast<std::uintptr_t>(out) % line_bytes == 0;
-    sum_packets<S, V>(table, stride, index, weight, count, ahead, init, out, stream && aligned);
+    if (count <= longest_sum)
+      sum_packets<S, V>(table, stride, index, weight, count, ahead, init, out, stream && aligned);
+    else
+      sum_long<S, V>(table, stride, index, weight, count, ahead, init, out);
     if (width == columns) return;
     table += columns;
     init = init != nullptr ? init + columns : nullptr;
