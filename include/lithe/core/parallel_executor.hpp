@@ -28,9 +28,9 @@ namespace lithe::inline LITHE_ABI {
 /// not woken up yet, only for helpers that hold a piece: a loop shorter than a wake-up costs next to nothing. A helper that
 /// runs out of pieces lingers for some microseconds before it sleeps, because a layer's loops follow one another closely.
 ///
-/// No more threads run than there are processors for them. A caller that has to wait much longer for a helper's piece than
-/// pieces take concludes that another program has the helper's processor: it sleeps, and runs the loops of the next
-/// milliseconds alone.
+/// No more threads run than there are processors for them. A caller that waits for a helper's piece until it would have been
+/// faster alone concludes that another program has the helper's processor: it sleeps, and runs the loops of the next
+/// milliseconds alone; of twice as many each time that help is again of no use.
 ///
 /// In a child of `fork` there are no helpers: loops run on the calling thread, and the destructor returns at once. A child
 /// that is forked inside a loop gets a state_error from that loop if a helper was inside too.
@@ -65,7 +65,7 @@ class parallel_executor final : public executor {
     caller_.store(std::this_thread::get_id(), std::memory_order_relaxed);
     const index_t pieces = now.work(0);
     caller_.store({}, std::memory_order_relaxed);
-    const bool whole = close(begin, pieces);
+    const bool whole = close(begin, pieces, (n + grain - 1) / grain);
     busy_.clear(std::memory_order_release);
     if (now.error) std::rethrow_exception(now.error);
     require<state_error>(whole, "parallel_executor: the process was forked inside a loop, and the child lacks its other threads");
@@ -74,7 +74,7 @@ class parallel_executor final : public executor {
  private:
   using clock = std::chrono::steady_clock;
   static constexpr int linger_spins = 4000;  // pause instructions: some tens of microseconds
-  static constexpr int late_pieces = 3, alone_times = 16;  // who is late by so many pieces is left out for so many times the wait
+  static constexpr int least_alone = 16, most_alone = 256;  // helpers that were too late are left out for so many times the wait
   static constexpr index_t most_shares = 32;  // on the caller's stack; more workers than that share them
   static constexpr index_t most_pieces = (index_t{1} << 32) - 1;
 
@@ -161,23 +161,25 @@ class parallel_executor final : public executor {
       pool_->Schedule([this] { help(); });
     }
   }
-  /// Waits for the helpers inside the loop, which the caller began at `begin` and ran `pieces` of. False if they will never come out.
-  bool close(clock::time_point begin, index_t pieces) const {
+  /// Waits for the helpers inside the loop, which the caller began at `begin` and ran `pieces` of `all` of. False if they will never come out.
+  bool close(clock::time_point begin, index_t pieces, index_t all) const {
     state_.fetch_and(~1, std::memory_order_acq_rel);
+    if (state_.load(std::memory_order_acquire) == 0) return true;
+    const auto done = clock::now();
     for (int spins = 0; spins < linger_ && state_.load(std::memory_order_acquire) != 0; ++spins) pause();
     if (state_.load(std::memory_order_acquire) == 0) return true;
     if (forked()) {
       state_.store(0, std::memory_order_relaxed);
       return false;
     }
-    const auto wait = clock::now();
     state_.fetch_or(2, std::memory_order_relaxed);
     for (int s = state_.load(std::memory_order_acquire); s >= 4; s = state_.load(std::memory_order_acquire))
       state_.wait(s, std::memory_order_acquire);
     state_.store(0, std::memory_order_relaxed);
     const auto end = clock::now();
-    if (end - wait > late_pieces * (wait - begin) / std::max<index_t>(1, pieces))
-      alone_until_ = end + alone_times * (end - wait);
+    const bool of_use = (end - begin) * pieces < (done - begin) * all;  // faster than all pieces at the caller's pace
+    alone_times_ = std::clamp(of_use ? alone_times_ / 2 : alone_times_ * 2, least_alone, most_alone);
+    if (!of_use) alone_until_ = end + alone_times_ * (end - done);
     return true;
   }
   bool enter() const {
@@ -207,6 +209,7 @@ class parallel_executor final : public executor {
   mutable std::atomic<loop*> loop_{nullptr};
   mutable std::atomic<int> state_{0};
   mutable clock::time_point alone_until_{};  // of whoever has busy_
+  mutable int alone_times_ = least_alone;
   mutable std::atomic<index_t> awake_{0};  // helpers scheduled or running
   std::atomic<bool> closing_{false};
   std::unique_ptr<Eigen::ThreadPool> pool_;  // last: its destructor waits for the helpers, which use the members above
