@@ -190,8 +190,8 @@ TEST(captured_variance, of_known_spectra) {
   for (std::size_t at = svg.find("<polyline"); at != std::string::npos; at = svg.find("<polyline", at + 1)) ++curves;
   EXPECT_EQ(curves, 4U);
   // Two panels of 300 x 220, each curve from its lower left corner; the first layer light, the last dark.
-  for (const char* part : {R"(stroke="rgb(100,200,220)" points="50,260 )", R"(stroke="rgb(15,30,135)" points="50,260 )", R"(points="410,260 )",
-                           R"( 710,40"/>)", R"(<text x="724" y="66" fill="rgb(15,30,135)">layer 2</text>)"})
+  for (const char* part : {R"svg(stroke="rgb(100,200,220)" points="50,260 )svg", R"svg(stroke="rgb(15,30,135)" points="50,260 )svg",
+                           R"svg(points="410,260 )svg", R"svg( 710,40"/>)svg", R"svg(<text x="724" y="66" fill="rgb(15,30,135)">layer 2</text>)svg"})
     EXPECT_NE(svg.find(part), std::string::npos) << part;
 }
 
