@@ -159,7 +159,7 @@ TEST(reversible, memory_is_one_output_and_the_choices) {
     matrix<double> y(12, 2 * features), dx = y;
     record_of<decltype(model)> r;
     model.forward(x, y, r, t.ctx);
-    const std::size_t keys = 3 * (sizeof(std::uint64_t) + sizeof(index_t));  // and rows, of the block and of its two dropouts
+    const std::size_t keys = 3 * sizeof(std::uint64_t) + 2 * sizeof(index_t);  // of the block and of its two dropouts, and the rows of these
     EXPECT_EQ(bytes(r), static_cast<std::size_t>(x.size()) * sizeof(double) + depth * (choice_bytes(12) + keys));
     auto g = make_gradient(model);
     model.backward(x, r, y, dx, g, t.ctx);
